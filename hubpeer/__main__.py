@@ -1,0 +1,5 @@
+"""`python -m hubpeer` is `hubpeer`."""
+
+from hubpeer.cli import main
+
+main()

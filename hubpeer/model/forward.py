@@ -1,0 +1,221 @@
+"""The forward pass: tokens in, keys and values kept, logits out. No scheduling, no text.
+
+Tokens of several rows go through the matrices together, one line per token. What a row has read lies in `Node`s, stretches of
+one large buffer that form a tree: rows that begin alike share the nodes they have in common, and nothing is ever copied.
+Comments beside tensors give their shapes: T tokens in this pass, H query heads, K key heads, G = H / K, D head width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hubpeer.model.load import Weights, rope_frequencies
+
+#: Nodes take whole units of this many tokens, so that attention sees few different lengths: oneDNN compiles a kernel per length.
+UNIT: Final = 16
+#: Rows that feed at most this many tokens are attended to together; longer ones one by one.
+SHORT: Final = 16
+
+
+def units(tokens: int) -> int:
+    """`tokens` rounded up to whole units."""
+    return -(-tokens // UNIT) * UNIT
+
+
+class Node:
+    """A stretch of tokens that has been read: `used` tokens from `first` in the buffer, behind `seen` tokens of `parent`."""
+
+    __slots__ = ("capacity", "first", "number", "parent", "position", "seen", "used")
+    _numbers = itertools.count()
+
+    def __init__(self, first: int, capacity: int, parent: Node | None = None, seen: int | None = None) -> None:
+        self.first, self.capacity, self.used = first, capacity, 0
+        self.parent = parent
+        self.seen = seen if seen is not None else parent.used if parent else 0
+        self.position = parent.position + self.seen if parent else 0  # of the first token, counted from the root
+        self.number = next(self._numbers)
+
+    @property
+    def end(self) -> int:
+        return self.position + self.used
+
+    def path(self) -> list[tuple[Node, int]]:
+        """The nodes from the root to this one, each with how many of its tokens this one sees."""
+        steps = [(self, self.used)]
+        node = self
+        while node.parent is not None:
+            steps.append((node.parent, node.seen))
+            node = node.parent
+        return steps[::-1]
+
+
+class Feed(msgspec.Struct, frozen=True):
+    """One row of a pass: tokens that go behind what `node` holds. `wants`: its last token's logits are asked for."""
+
+    node: Node
+    tokens: list[int]
+    wants: bool
+
+
+class Memory:
+    """Keys and values of everything that is read, allocated once."""
+
+    def __init__(self, weights: Weights, tokens: int) -> None:
+        shape = weights.shape
+        dtype = torch.float32 if weights.kind == "fp32" else torch.bfloat16
+        size = (shape.layers, shape.kv_heads, units(tokens), shape.head_dim)
+        # Zeros, not garbage: lengths are rounded up to whole units, and 0 * NaN is NaN.
+        self.k = torch.zeros(size, dtype=dtype)
+        self.v = torch.zeros(size, dtype=dtype)
+        self.tokens = size[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+class _Stretch(msgspec.Struct, frozen=True):
+    """One node as the short rows [rows) see it: columns [left, right) of their scores are keys [first, last)."""
+
+    rows: slice
+    columns: slice
+    keys: slice
+
+
+class Forward:
+    """The model as a function over `Memory`."""
+
+    def __init__(self, weights: Weights, memory: Memory) -> None:
+        self.weights, self.memory = weights, memory
+        self._frequencies = rope_frequencies(weights.shape)
+
+    def run(self, feeds: Sequence[Feed]) -> Tensor:
+        """Read every feed into its node. Returns the logits of those that want them, in order: [wanting, vocab] fp32."""
+        shape, memory = self.weights.shape, self.memory
+        # Short rows first, those with a common path side by side: then each shared node is one slice of the rows.
+        order = sorted(range(len(feeds)), key=lambda i: self._place(feeds[i]))
+        ids: list[int] = []
+        positions: list[int] = []
+        where: list[int] = []
+        last: dict[int, int] = {}
+        for i in order:
+            feed = feeds[i]
+            node, count = feed.node, len(feed.tokens)
+            assert 0 < count <= node.capacity - node.used, "a node is given more than it was made for"
+            ids += feed.tokens
+            positions += range(node.end, node.end + count)
+            where += range(node.first + node.used, node.first + node.used + count)
+            node.used += count
+            last[i] = len(ids) - 1
+        x = self.weights.embed(ids)  # [T, hidden] fp32; the stream between the layers stays fp32
+        at = torch.tensor(where)
+        angles = torch.tensor(positions, dtype=torch.float32)[:, None] * self._frequencies  # [T, D/2]
+        cos, sin = angles.cos()[:, None, :], angles.sin()[:, None, :]  # [T, 1, D/2]
+        attend = _Attention([feeds[i] for i in order], positions, shape.heads // shape.kv_heads)
+        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        for i, layer in enumerate(self.weights.layers):
+            qkv = layer.qkv(_norm(x, layer.norm1, shape.eps))  # [T, (H + 2K) * D]
+            turned = _rope(qkv[:, : query + key].view(len(ids), -1, shape.head_dim), cos, sin).to(memory.k.dtype)  # [T, H + K, D]
+            value = qkv[:, query + key :].view(len(ids), shape.kv_heads, shape.head_dim).to(memory.v.dtype)
+            memory.k[i].index_copy_(1, at, turned[:, shape.heads :].transpose(0, 1))
+            memory.v[i].index_copy_(1, at, value.transpose(0, 1))
+            mixed = attend(turned[:, : shape.heads], memory.k[i], memory.v[i])  # [T, H * D]
+            x += layer.out(mixed)
+            gate_up = layer.gate_up(_norm(x, layer.norm2, shape.eps))  # [T, 2 * inner]
+            gate, up = gate_up[:, : shape.inner], gate_up[:, shape.inner :]
+            x += layer.down(F.silu(gate) * up)
+        rows = [last[i] for i in range(len(feeds)) if feeds[i].wants]
+        if not rows:
+            return x.new_empty(0, shape.vocab)
+        return self.weights.head(_norm(x[rows], self.weights.norm, shape.eps))
+
+    @staticmethod
+    def _place(feed: Feed) -> tuple[bool, list[tuple[int, int]]]:
+        return len(feed.tokens) > SHORT, [(node.number, seen) for node, seen in feed.node.path()]
+
+
+class _Attention:
+    """Who sees what in one pass, worked out once and used by every layer."""
+
+    def __init__(self, feeds: Sequence[Feed], positions: Sequence[int], group: int) -> None:
+        self._group = group
+        short = [feed for feed in feeds if len(feed.tokens) <= SHORT]
+        self._short = sum(len(feed.tokens) for feed in short)  # the first tokens of the pass
+        self._long = feeds[len(short) :]
+        found: dict[tuple[int, int], list[int]] = {}  # (node, seen) -> the first and last short token that sees it
+        nodes: dict[tuple[int, int], tuple[Node, int]] = {}  # -> the node, and how much of it is multiplied
+        token = 0
+        for feed in short:
+            for node, seen in feed.node.path():
+                # A leaf grows with every step; taken in whole units it needs a new kernel only once in a while, and what is
+                # too much is masked. Inner nodes stop exactly where their children begin.
+                size = min(units(seen), node.capacity) if node is feed.node else seen
+                nodes[node.number, seen] = node, size
+                found.setdefault((node.number, seen), [token, token])[1] = token + len(feed.tokens)
+            token += len(feed.tokens)
+        self._stretches = [
+            _Stretch(
+                slice(begin * group, end * group),
+                slice(node.position, node.position + size),
+                slice(node.first, node.first + size),
+            )
+            for key, (begin, end) in found.items()
+            for node, size in [nodes[key]]
+        ]
+        self._width = max((s.columns.stop for s in self._stretches), default=0)
+        rows = torch.tensor(positions[: self._short]).repeat_interleave(group)  # [short * G]
+        self._hidden = torch.arange(self._width)[None, :] > rows[:, None]  # [short * G, width]
+        self._masks = [self._mask(feed) for feed in self._long]
+
+    def _mask(self, feed: Feed) -> Tensor:
+        """[G * n, end] additive-free mask of a long row: True where a token may look."""
+        n, end = len(feed.tokens), feed.node.end
+        rows = torch.arange(end - n, end).repeat_interleave(self._group)
+        return torch.arange(end)[None, :] <= rows[:, None]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, H, D], k and v [K, buffer, D] -> [T, H * D] fp32."""
+        tokens, heads, width = q.shape
+        kv = k.shape[0]
+        folded = q.view(tokens, kv, self._group, width).transpose(0, 1).reshape(kv, tokens * self._group, width)
+        out = torch.empty_like(folded)  # [K, T * G, D]
+        if self._short:
+            out[:, : self._short * self._group] = self._together(folded[:, : self._short * self._group], k, v)
+        at = self._short * self._group
+        for feed, mask in zip(self._long, self._masks, strict=True):
+            rows = slice(at, at + len(feed.tokens) * self._group)
+            at = rows.stop
+            path = [slice(node.first, node.first + seen) for node, seen in feed.node.path()]
+            keys = k[:, path[0]] if len(path) == 1 else torch.cat([k[:, part] for part in path], 1)
+            values = v[:, path[0]] if len(path) == 1 else torch.cat([v[:, part] for part in path], 1)
+            out[:, rows] = F.scaled_dot_product_attention(folded[None, :, rows], keys[None], values[None], attn_mask=mask)[0]
+        return out.view(kv, tokens, self._group, width).transpose(0, 1).reshape(tokens, heads * width).float()
+
+    def _together(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The short rows at once; a node that several of them share is multiplied once. q [K, R, D] -> [K, R, D]."""
+        scores = q.new_empty(q.shape[0], q.shape[1], self._width)
+        for s in self._stretches:
+            scores[:, s.rows, s.columns] = torch.bmm(q[:, s.rows], k[:, s.keys].transpose(1, 2))
+        scores.mul_(q.shape[-1] ** -0.5).masked_fill_(self._hidden, float("-inf"))
+        weights = scores.softmax(-1)  # [K, R, width]
+        out = torch.zeros_like(q)
+        for s in self._stretches:
+            out[:, s.rows] += torch.bmm(weights[:, s.rows, s.columns], v[:, s.keys])
+        return out
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn [T, heads, D]: the first half of each head against the second, as transformers does."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)

@@ -1,0 +1,186 @@
+"""The story of a question: `hub.route.<agent>` in, a plan out. Read `Router.answer` from top to bottom."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from hubpeer import keywords, plan, wire
+from hubpeer.bus.service import Endpoint, Reply, Request
+from hubpeer.conduct import Conductor
+from hubpeer.errors import BadRequest, HubError, shown
+from hubpeer.model import Model, PlanAsk
+from hubpeer.plan import Draft, Question, Record, Rejected
+from hubpeer.roster import Roster
+from hubpeer.settings import Settings
+from hubpeer.wire import Card, RouteRequest, RoutingDecision, RoutingMethod
+
+log = logging.getLogger("hubpeer.route")
+
+#: Kept back from the asker's deadline, in seconds, for the next rung, the stores and the way back.
+_RESERVE_S = 0.1
+
+
+class Router:
+    """Turns questions into plans, by the first rung of the ladder that can."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        roster: Roster,
+        conductor: Conductor,
+        model: Model | None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings
+        self._roster = roster
+        self._conductor = conductor
+        self._model = model
+        self._clock = clock
+        self.counts: Counter[str] = Counter()
+
+    def endpoints(self) -> list[Endpoint]:
+        metadata = {
+            "request_schema": "hub.schema.route_request",
+            "response_schema": "hub.schema.route_reply",
+            "example": 'nats req hub.route.finance \'{"query": "..."}\' --timeout 15s',
+        }
+        return [Endpoint("route", wire.ROUTE, self.answer, owner=2, metadata=metadata)]
+
+    async def answer(self, request: Request) -> Reply:
+        """Take one question through the hub: check it, plan it, keep the plan, publish it, answer."""
+        asker = _asker(request)
+        body = _question(request, asker)
+        visited = _visited(request, asker, self._settings.routing.max_call_path)
+        plan_id = _plan_id(request, asker, self._clock())
+
+        if known := await self._conductor.find(plan_id):  # asked before under the same Hub-Request-Id
+            if known.decision.original_query != body.query:
+                raise HubError("conflict", "this request id was used for another question")
+            return _reply(known)
+
+        decision = await self._decide(asker, body, plan_id, request.deadline)
+        if again := [step.agent for step in decision.agents if step.agent in visited]:
+            path = " -> ".join([*visited, asker, again[0]])
+            raise HubError("call_loop", f"the question would come back to {again[0]}: {path}")
+
+        ceo = plan.CEO in self._roster.cards()
+        record = plan.propose(decision, body.context, [*visited, asker], self._clock(), ceo_available=ceo)
+        return _reply(await self._conductor.begin(record, dispatch=body.dispatch))
+
+    # ── the ladder ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _decide(self, asker: str, body: RouteRequest, plan_id: str, deadline: float | None) -> RoutingDecision:
+        routing = self._settings.routing
+        question = Question(asker, body.query, routing.conflict_rules, routing.default_rule, routing.max_agents)
+        cards = self._roster.cards(asker)
+        why: str | None = None
+        if self._model is not None and cards:
+            try:
+                draft = await self._ask_model(self._model, question, body.context, cards, deadline)
+                decision = self._build(draft, question, cards, "llm_intelligent", plan_id)
+                if isinstance(decision, RoutingDecision):
+                    return decision
+                why = f"rejected_{decision.reason}"
+                log.warning("plan %s: the model's draft is no plan: %s %s", plan_id, decision.reason, decision.detail)
+            except HubError as exc:
+                why = exc.code
+                log.warning("plan %s: the model did not answer: %s", plan_id, exc)
+        else:
+            why = "no_model" if self._model is None else "no_agents"
+
+        fallback = keywords.draft(body.query, asker, cards, routing.default_agents, routing.max_agents)
+        if fallback is None:
+            self.counts["no_match"] += 1
+            near = ", ".join(f"{a.agent} ({a.score:g})" for a in keywords.runners_up(body.query, cards))
+            raise HubError("no_match", f"no agent fits; nearest: {near}" if near else "there is no other agent to ask")
+        if fallback.conflict_resolution not in routing.conflict_rules:
+            fallback = msgspec.structs.replace(fallback, conflict_resolution=None)
+        decision = self._build(fallback, question, cards, "fallback_keywords", plan_id, why)
+        if isinstance(decision, Rejected):
+            raise AssertionError(f"the keyword rule broke a plan rule: {decision}")
+        return decision
+
+    async def _ask_model(
+        self, model: Model, question: Question, context: dict[str, Any] | None, cards: dict[str, Card], deadline: float | None
+    ) -> Draft:
+        patience = self._settings.routing.deadline_s
+        if deadline is not None:
+            patience = min(patience, deadline - self._clock() - _RESERVE_S)
+        if patience <= 0:
+            raise HubError("deadline_passed", "no time is left for the model")
+        ask = PlanAsk(question.asker, question.query, cards, question.rules, question.max_agents, context)
+        try:
+            # The model honours the deadline itself; should it hang, we leave all the same.
+            async with asyncio.timeout(patience + _RESERVE_S / 2):
+                return await model.plan(ask, time.monotonic() + patience)
+        except TimeoutError:
+            raise HubError("deadline_passed", f"the model did not answer within {patience:g} s") from None
+
+    def _build(
+        self,
+        draft: Draft,
+        question: Question,
+        cards: dict[str, Card],
+        method: RoutingMethod,
+        plan_id: str,
+        why: str | None = None,
+    ) -> RoutingDecision | Rejected:
+        decision = plan.build(draft, question, cards, method, plan_id, wire.iso(self._clock()), why)
+        if isinstance(decision, RoutingDecision):
+            self.counts[method] += 1
+            if why is not None:
+                self.counts[f"fallback_{why}"] += 1
+        else:
+            self.counts[f"rejected_{decision.reason}"] += 1
+        return decision
+
+
+def _reply(record: Record) -> Reply:
+    decision = msgspec.structs.replace(record.decision, state=record.state)
+    return Reply(wire.encode(wire.RouteReply(decision)))
+
+
+def _asker(request: Request) -> str:
+    if request.tokens[2] == "*":  # what `nats micro request hubpeer route` sends
+        raise BadRequest("bad_agent_id", 'name the asking agent: nats req hub.route.<agent> \'{"query": "..."}\'')
+    return wire.agent_token(request.tokens[2])
+
+
+def _question(request: Request, asker: str) -> RouteRequest:
+    body = wire.decode(RouteRequest, request.data)
+    if body.requesting_agent is not None and body.requesting_agent != asker:
+        said = shown(body.requesting_agent)
+        raise BadRequest("identity_mismatch", f"the subject says {asker}, the body {said!r}", field="requesting_agent")
+    if not any(c.isprintable() and not c.isspace() for c in body.query):
+        raise BadRequest("empty_query", "the query has no visible character", field="query")
+    if body.context is not None and len(wire.encode_any(body.context)) > wire.MAX_CONTEXT:
+        raise BadRequest("field_too_long", f"context is at most {wire.MAX_CONTEXT} bytes of JSON", field="context")
+    return body
+
+
+def _visited(request: Request, asker: str, limit: int) -> list[str]:
+    visited = wire.call_path(request.headers)
+    if asker in visited:
+        raise HubError("call_loop", f"{asker} asks again: {' -> '.join([*visited, asker])}")
+    if len(visited) >= limit:
+        raise HubError("call_loop", f"the question went through {len(visited)} agents already")
+    return visited
+
+
+def _plan_id(request: Request, asker: str, now: float) -> str:
+    """A resent question, known by its `Hub-Request-Id`, gets the id it had; any other a new one that sorts by time."""
+    if wire.header(request.headers, wire.REQUEST_ID) is not None:
+        digest = hashlib.blake2b(f"{asker}\0{request.request_id}".encode(), digest_size=15).digest()
+        return "r" + base64.b32hexencode(digest).decode().lower()
+    raw = int(now * 1000).to_bytes(6, "big") + secrets.token_bytes(9)
+    return "p" + base64.b32hexencode(raw).decode().lower()
