@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
-from nats.aio.msg import Msg
 
 from hubpeer import wire
+from hubpeer.bus import Msg
 from hubpeer.bus.jetstream import ApiError, JetStream
 from hubpeer.bus.link import Access, Link
 from hubpeer.errors import HubError, Unavailable

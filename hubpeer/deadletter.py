@@ -6,6 +6,7 @@ import base64
 import logging
 import time
 from collections import Counter
+from typing import Literal
 
 from hubpeer import wire
 from hubpeer.bus.jetstream import JetStream, Message
@@ -25,10 +26,7 @@ class DeadLetters:
     async def bury(self, message: Message, error: HubError) -> None:
         """Keep the message and the reason in the DLQ, then tell the server never to deliver it again; in that order."""
         owner = message.subject.split(".")[2 if message.stream == "RESULTS" else -1]
-        try:
-            data, encoding = message.data[:_KEPT].decode("utf-8"), "utf-8"
-        except UnicodeDecodeError:
-            data, encoding = base64.b64encode(message.data[:_KEPT]).decode(), "base64"
+        data, encoding = _as_text(message.data[:_KEPT])
         letter = wire.DeadLetter(
             stream=message.stream,
             subject=message.subject,
@@ -38,7 +36,7 @@ class DeadLetters:
             headers={name[:128]: value[:512] for name, value in list(message.headers.items())[:64]},
             size=len(message.data),
             data=data,
-            encoding="utf-8" if encoding == "utf-8" else "base64",
+            encoding=encoding,
             at=wire.iso(time.time()),
         )
         subject = wire.dlq_subject(message.stream, owner)
@@ -46,3 +44,14 @@ class DeadLetters:
         await message.term(error.code)
         self.counts[error.code] += 1
         log.warning("%s %d is in %s: %s", message.stream, message.sequence, subject, error)
+
+
+def _as_text(data: bytes) -> tuple[str, Literal["utf-8", "base64"]]:
+    """`data` as it may stand in a letter that fits into one message: control characters take six bytes each in JSON."""
+    try:
+        text = data.decode("utf-8")
+        if len(wire.encode_any(text)) <= 2 * _KEPT:
+            return text, "utf-8"
+    except UnicodeDecodeError:
+        pass
+    return base64.b64encode(data).decode(), "base64"

@@ -4,7 +4,7 @@
      ├─ BadRequest          the request itself is wrong (400, 403, 413, 422)
      ├─ DocumentRejected    a document cannot be read; the reason is kept (413, 422)
      ├─ Busy                no room now; `retry_after_ms` says when to come back (429)
-     ├─ StoreError          a client's store could not do it; other clients go on (500, 507)
+     ├─ StoreError          a client's store could not do it; other clients go on (413, 429, 500)
      └─ Unavailable         the bus, the model or a child process is not there (503)
     SettingsError           a setting is wrong; raised at start only
 

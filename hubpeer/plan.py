@@ -161,7 +161,11 @@ def build(
         fallback_used=True if fallback_reason is not None else UNSET,
         fallback_reason=fallback_reason if fallback_reason is not None else UNSET,
         confidence=min(1.0, max(0.0, draft.confidence)) if draft.confidence is not None else UNSET,
-        alternatives=draft.alternatives[:5],
+        alternatives=[
+            Alternative(a.agent, min(1.0, max(0.0, a.score)))
+            for a in draft.alternatives
+            if a.agent in known and a.agent not in graph and a.agent != question.asker
+        ][:5],
     )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Final
 
 import msgspec
-from nats.aio.msg import Msg
 
 from hubpeer import agents, wire
 from hubpeer.agents import Agent
+from hubpeer.bus import Msg
 from hubpeer.bus.jetstream import JetStream
 from hubpeer.bus.link import Link
 from hubpeer.bus.service import Endpoint, Reply, Request
@@ -72,6 +72,10 @@ class Roster:
     def cards(self, asker: str = "") -> dict[str, Card]:
         """The cards of all agents that may be asked now, without the asker's."""
         return agents.may_be_asked(self._agents, self._settings.agents.missed, self._clock(), asker)
+
+    def knows(self, name: str) -> bool:
+        """Whether there is or was such an agent; one that has expired may still ask."""
+        return name in self._agents
 
     def states(self) -> dict[str, str]:
         now = self._clock()

@@ -59,6 +59,8 @@ class Router:
     async def answer(self, request: Request) -> Reply:
         """Take one question through the hub: check it, plan it, keep the plan, publish it, answer."""
         asker = _asker(request)
+        if not self._roster.knows(asker):
+            raise HubError("unknown_agent", f"{asker} is no agent here; send its card to hub.agents.register.{asker} first")
         body = _question(request, asker)
         visited = _visited(request, asker, self._settings.routing.max_call_path)
         plan_id = _plan_id(request, asker, self._clock())

@@ -8,10 +8,11 @@ were read from.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -19,7 +20,7 @@ from msgspec import Meta, Struct, field
 from hubpeer.errors import SettingsError
 from hubpeer.wire import TOKEN, Card, ConflictRule
 
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=1e9)]
 Count = Annotated[int, Meta(ge=1)]
 Bytes = Annotated[int, Meta(ge=0)]
 
@@ -116,7 +117,7 @@ class Model(_Section, frozen=True):
     seed: int = 0
     layout: str = "llama3"  # how prompts are written: one that is shipped, or the path of a file like it
     cache: str = ""  # a folder for quantized weights, so that the next start is faster; empty: none is kept
-    kv_memory: Bytes = 192 * MiB  # for keys and values of everything that is read
+    kv_memory: Bytes = 256 * MiB  # for keys and values of everything that is read
     stuck_s: Seconds = 30.0  # a step that takes longer counts as hung, and the model is started anew
 
 
@@ -216,7 +217,7 @@ def _checked(values: dict[str, Any], origin: str) -> Settings:
     try:
         settings = msgspec.convert(values, Settings, strict=True)
     except msgspec.ValidationError as exc:
-        raise SettingsError(f"{origin}: {exc}") from None
+        raise SettingsError(f"{origin}: {exc}{_allowed(str(exc))}") from None
     for name in (*settings.cards, *settings.routing.default_agents):
         if TOKEN.fullmatch(name) is None:
             raise SettingsError(f"{origin}: {name!r} cannot be an agent's name ({TOKEN.pattern})")
@@ -226,6 +227,18 @@ def _checked(values: dict[str, Any], origin: str) -> Settings:
     if settings.routing.default_rule not in settings.routing.conflict_rules:
         raise SettingsError(f"{origin}: routing.default_rule must be one of routing.conflict_rules")
     return settings
+
+
+def _allowed(text: str) -> str:
+    """What msgspec leaves out of its text: the values that one of a few may have."""
+    path = re.search(r"^Invalid enum value .* - at `\$\.(.+)`$", text)
+    if path is None:
+        return ""
+    kind: Any = Settings
+    for part in path.group(1).split("."):
+        kind = get_type_hints(kind)[part.split("[")[0]]
+        kind = get_args(kind)[0] if get_origin(kind) is list else kind
+    return f"; one of: {', '.join(get_args(kind))}"
 
 
 def _put(values: dict[str, Any], dotted: str, value: Any, origin: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,14 +35,14 @@ def agent_token(value: str) -> str:
     """`value` if it can be an agent's name, else `bad_agent_id`. The server itself stores subjects with a literal `*`, NUL or
     zero-width characters, so nothing but this check stands between them and the hub."""
     if TOKEN.fullmatch(value) is None:
-        raise BadRequest("bad_agent_id", f"an agent is named [a-z0-9][a-z0-9_-]{{0,31}}, not {shown(value)!r}")
+        raise BadRequest("bad_agent_id", f"an agent is named [a-z0-9][a-z0-9_-]{{0,31}}, not '{shown(value)}'")
     return value
 
 
 def client_token(value: str) -> str:
     """`value` if it can be a client's name, else `bad_client_id` or `reserved_client_id`."""
     if TOKEN.fullmatch(value) is None:
-        raise BadRequest("bad_client_id", f"a client is named [a-z0-9][a-z0-9_-]{{0,31}}, not {shown(value)!r}")
+        raise BadRequest("bad_client_id", f"a client is named [a-z0-9][a-z0-9_-]{{0,31}}, not '{shown(value)}'")
     if value in RESERVED_CLIENTS:
         raise BadRequest("reserved_client_id", f"{value!r} is reserved")
     return value
@@ -50,7 +51,7 @@ def client_token(value: str) -> str:
 def id_token(value: str, code: str) -> str:
     """`value` if it can be a document or plan id, else `code`."""
     if TOKEN.fullmatch(value) is None:
-        raise BadRequest(code, f"not an id: {shown(value)!r}")
+        raise BadRequest(code, f"not an id: '{shown(value)}'")
     return value
 
 
@@ -153,7 +154,7 @@ def deadline(headers: Headers) -> float | None:
     if value is None:
         return None
     if not value.isascii() or not value.isdigit() or not 0 < int(value) < 10**14:
-        raise BadRequest("bad_deadline", f"{DEADLINE} is unix milliseconds, not {shown(value)!r}", field=DEADLINE)
+        raise BadRequest("bad_deadline", f"{DEADLINE} is unix milliseconds, not '{shown(value)}'", field=DEADLINE)
     return int(value) / 1000
 
 
@@ -673,9 +674,12 @@ MAX_DEPTH: Final = 32
 M = TypeVar("M", bound=Struct)
 _decoders: dict[type[Struct], msgspec.json.Decoder[Any]] = {}
 _encoder = msgspec.json.Encoder()
-_strings = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Takes an unterminated string to the end of the data, so that a hostile one costs one pass, not one per quote.
+_strings = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _escaped_nul = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-_lone_surrogate = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F]..)")
+_lone_surrogate = re.compile(
+    rb"(?<!\\)(?:\\\\)*\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..\\u[dD])[c-fC-F]..)"
+)
 _path = re.compile(r" - at `\$\.?(.*?)`$")
 
 
@@ -705,6 +709,8 @@ def decode(kind: type[M], data: bytes) -> M:
         raise BadRequest("bad_encoding", f"not UTF-8 at byte {exc.start}") from None
     if data.startswith(b"\xef\xbb\xbf"):
         raise BadRequest("bad_encoding", "UTF-8 without a byte order mark is expected")
+    if b"\0" in data[:4]:
+        raise BadRequest("bad_encoding", "UTF-8 is expected, not UTF-16 or UTF-32")
     if _depth(data) > MAX_DEPTH:
         raise BadRequest("too_deep", f"nested deeper than {MAX_DEPTH}")
     decoder = _decoders.get(kind)
@@ -713,6 +719,7 @@ def decode(kind: type[M], data: bytes) -> M:
     try:
         message: M = decoder.decode(data)
     except msgspec.ValidationError as exc:
+        _refuse_malformed(data)  # what follows the first wrong field may not even be JSON, and that counts first
         raise _validation_error(str(exc)) from None
     except msgspec.DecodeError as exc:
         code = "bad_encoding" if _lone_surrogate.search(data) else "bad_json"
@@ -759,6 +766,13 @@ def error_body(error: HubError, request_id: str) -> ErrorBody:
     )
 
 
+def _refuse_malformed(data: bytes) -> None:
+    try:
+        msgspec.json.decode(data, type=msgspec.Raw)
+    except msgspec.DecodeError as exc:
+        raise BadRequest("bad_json", str(exc)) from None
+
+
 def _depth(data: bytes) -> int:
     depth = deepest = 0
     for char in _strings.sub(b"", data) if data.count(b"{") + data.count(b"[") > MAX_DEPTH else b"":
@@ -772,20 +786,19 @@ def _depth(data: bytes) -> int:
 
 def _refuse_duplicate_keys(data: bytes) -> None:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = dict(pairs)
-        if len(seen) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise BadRequest("duplicate_key", f"{shown(twice)} stands twice", field=shown(twice))
-        return seen
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice = shown(Counter(name for name, _ in pairs).most_common(1)[0][0])
+            raise BadRequest("duplicate_key", f"{twice} stands twice", field=twice)
+        return found
 
     json.loads(data, object_pairs_hook=unique)
 
 
 # msgspec has no codes, so its wording is read here, once; tests pin every line of this table.
 _VALIDATION: Final[list[tuple[re.Pattern[str], str]]] = [
-    (re.compile(r"^Object missing required field `(.+)`"), "missing_field"),
-    (re.compile(r"^Object contains unknown field `(.+)`"), "unknown_field"),
+    (re.compile(r"^Object missing required field `(?P<field>.+)`$"), "missing_field"),
+    (re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL), "unknown_field"),
     (re.compile(r"^Expected `(?:str|bytes)` of length <="), "field_too_long"),
     (re.compile(r"^Expected `(?:str|bytes)` of length >="), "empty_field"),
     (re.compile(r"^Expected `array` of length <="), "too_many_items"),
@@ -793,7 +806,7 @@ _VALIDATION: Final[list[tuple[re.Pattern[str], str]]] = [
     (re.compile(r"^Expected `object` of length <="), "too_many_fields"),
     (re.compile(r"^Expected `(?:int|float)` (?:>=|<=|>|<)"), "out_of_range"),
     (re.compile(r"^Expected `str` matching regex"), "bad_value"),
-    (re.compile(r"^Invalid enum value"), "bad_value"),
+    (re.compile(r"^Invalid enum value '?(?P<value>.*?)'?$", re.DOTALL), "bad_value"),
     (re.compile(r"[Ii]nteger .*out of range|[Nn]umber out of range"), "bad_number"),
     (re.compile(r"^Expected `.+`, got `.+`"), "bad_type"),
 ]
@@ -801,21 +814,23 @@ _VALIDATION: Final[list[tuple[re.Pattern[str], str]]] = [
 
 def _validation_error(text: str) -> BadRequest:
     at = _path.search(text)
-    field = at.group(1) if at else None
-    for pattern, code in _VALIDATION:
-        found = pattern.search(text)
-        if found:
-            if found.groups():
-                field = f"{field}.{found.group(1)}" if field else found.group(1)
-            return BadRequest(code, shown(text, 300), field=shown(field) if field else None)
-    return BadRequest("bad_value", shown(text, 300), field=shown(field) if field else None)
+    field, where = (at.group(1), at.group()) if at else ("", "")
+    what, code = text.removesuffix(where), "bad_value"
+    for pattern, candidate in _VALIDATION:
+        if found := pattern.search(what):
+            code = candidate
+            for group, said in found.groupdict().items():
+                what = what.replace(said, shown(said))
+                field = f"{field}.{said}".lstrip(".") if group == "field" else field
+            break
+    return BadRequest(code, what + where, field=shown(field) if field else None)
 
 
 def schema(name: str) -> dict[str, Any]:
     """The JSON Schema of one entry of `MESSAGES`. Raises `unknown_schema`."""
     kind = MESSAGES.get(name)
     if kind is None:
-        raise BadRequest("unknown_schema", f"no schema named {shown(name)!r}; there are: {', '.join(MESSAGES)}")
+        raise BadRequest("unknown_schema", f"no schema named '{shown(name)}'; there are: {', '.join(MESSAGES)}")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"io.hubpeer.v1.{name}",

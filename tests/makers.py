@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ def pdf(text_pages: Iterable[str], title: str | None = None) -> bytes:
 
 
 def _page_content(text: str) -> bytes:
-    lines = [line.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)") for line in text.split("\n")]
+    lines = [re.sub(r"([\\()])", r"\\\1", line) for line in text.split("\n")]
     return b"BT /F1 11 Tf 14 TL 50 780 Td " + " ".join(f"({line}) Tj T*" for line in lines).encode("latin-1") + b" ET"
 
 
@@ -70,8 +71,14 @@ def encrypted_pdf(text: str, password: str, algorithm: str = "AES-256") -> bytes
 
 def flate_bomb_pdf(size: int, filters: int = 1) -> bytes:
     """A page whose content unpacks to `size` bytes of nothing, packed `filters` times over."""
-    packer = zlib.compressobj(9)
-    data = b"".join([*(packer.compress(b" " * (1 << 20)) for _ in range(size >> 20)), packer.flush()])
+    # One packed MiB of blanks, over and over: packing all of it would take longer than any test may.
+    blanks = b" " * (1 << 20)
+    packer = zlib.compressobj(9, wbits=-15)
+    block = packer.compress(blanks) + packer.flush(zlib.Z_FULL_FLUSH)
+    checksum = 1
+    for _ in range(size >> 20):
+        checksum = zlib.adler32(blanks, checksum)
+    data = b"\x78\xda" + block * (size >> 20) + packer.flush() + checksum.to_bytes(4, "big")
     for _ in range(filters - 1):
         data = zlib.compress(data, 9)
     return pdf_of([data], dictionary=b"/Filter [" + b"/FlateDecode " * filters + b"]")
@@ -79,7 +86,8 @@ def flate_bomb_pdf(size: int, filters: int = 1) -> bytes:
 
 def operators_pdf(count: int) -> bytes:
     """A page that shows one letter `count` times."""
-    return pdf_of([zlib.compress(b"BT /F1 1 Tf 1 0 0 1 50 700 Tm " + b"(a) Tj " * count + b"ET", 9)], dictionary=b"/Filter /FlateDecode")
+    content = zlib.compress(b"BT /F1 1 Tf 1 0 0 1 50 700 Tm " + b"(a) Tj " * count + b"ET", 9)
+    return pdf_of([content], dictionary=b"/Filter /FlateDecode")
 
 
 def repeated_page_pdf(times: int, operators: int) -> bytes:
@@ -115,6 +123,7 @@ def docx(
 
 
 W = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+MC = "http://schemas.openxmlformats.org/markup-compatibility/2006"
 DOCUMENT_TYPE = "application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"
 
 
@@ -126,12 +135,18 @@ def archive(entries: Mapping[str, bytes | str]) -> bytes:
     return out.getvalue()
 
 
-def raw_docx(body: str, *, prolog: str = "", main_type: str = DOCUMENT_TYPE, more: Mapping[str, bytes | str] | None = None) -> bytes:
+def raw_docx(
+    body: str, *, prolog: str = "", main_type: str = DOCUMENT_TYPE, more: Mapping[str, bytes | str] | None = None
+) -> bytes:
     """A Word document of raw XML: `body` inside w:body, `prolog` before the root element, `more` entries of the archive."""
-    types = f'<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"><Override PartName="/word/document.xml" ContentType="{main_type}"/></Types>'
     return archive({
-        "[Content_Types].xml": types,
-        "word/document.xml": f'<?xml version="1.0"?>{prolog}<w:document xmlns:w="{W}" xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"><w:body>{body}</w:body></w:document>',
+        "[Content_Types].xml": (
+            '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
+            f'<Override PartName="/word/document.xml" ContentType="{main_type}"/></Types>'
+        ),
+        "word/document.xml": (
+            f'<?xml version="1.0"?>{prolog}<w:document xmlns:w="{W}" xmlns:mc="{MC}"><w:body>{body}</w:body></w:document>'
+        ),
         **(more or {}),
     })  # fmt: skip
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from hubpeer import wire
-from hubpeer.plan import levels
+from hubpeer.plan import clean, levels
 
 #: Where output goes to no terminal (a pipe, a log) there is no width to keep to.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -59,10 +59,10 @@ def plan(decision: wire.RoutingDecision, steps: list[wire.StepOutcome] | None = 
             line += f" [dim](after {', '.join(others)} too)[/]"
         if step.agent in told:
             line += f" {coloured(told[step.agent].status)}"
-        line += f"  {escape(_short(step.task))}"
+        line += f"  {_plain(step.task)}"
         branch = (branches[above] if above is not None else tree).add(line)
         if step.agent in told and (text := _said(told[step.agent])):
-            branch.add(f"[dim]{escape(text)}[/]")
+            branch.add(f"[dim]{_plain(text, 300)}[/]")
         branches[step.agent] = branch
     console.print(tree)
 
@@ -70,10 +70,9 @@ def plan(decision: wire.RoutingDecision, steps: list[wire.StepOutcome] | None = 
 def _said(step: wire.StepOutcome) -> str:
     if step.error:
         return step.error
-    if step.result is None:
-        return ""
     text = step.result if isinstance(step.result, str) else msgspec.json.encode(step.result).decode()
-    return _short(text, 160) + (f"  (verdict: {step.verdict})" if step.verdict else "")
+    said = clean(text, 160) if step.result is not None else ""
+    return f"{said} (verdict: {step.verdict})".lstrip() if step.verdict else said
 
 
 def outcome(found: wire.Outcome) -> None:
@@ -81,17 +80,19 @@ def outcome(found: wire.Outcome) -> None:
     line = f"outcome: {coloured(found.status)}"
     if conflict.status != "none":
         line += f", verdicts {conflict.status}"
-        line += f": {escape(conflict.verdict)}" if conflict.verdict else ""
+        line += f": {_plain(conflict.verdict)}" if conflict.verdict else ""
         line += f" (by {conflict.decided_by})" if conflict.decided_by else ""
     if found.reason:
-        line += f", {escape(found.reason)}"
+        line += f", {_plain(found.reason, 500)}"
     console.print(line)
 
 
 def documents(found: list[wire.Document]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("document", "state", "category", "for", "pages", "chars", "file"):
-        table.add_column(name, justify="right" if name in ("pages", "chars") else "left", no_wrap=name == "document", overflow="fold")
+        table.add_column(
+            name, justify="right" if name in ("pages", "chars") else "left", no_wrap=name == "document", overflow="fold"
+        )
     for one in found:
         category = one.categorization
         table.add_row(
@@ -101,7 +102,7 @@ def documents(found: list[wire.Document]) -> None:
             ", ".join(category.relevant_agents) if category else "",
             str(one.pages),
             str(one.text_chars),
-            escape(one.filename),
+            _plain(one.filename),
         )
     console.print(table)
 
@@ -110,8 +111,8 @@ def document(one: wire.Document) -> None:
     rows = {
         "document": one.document_id,
         "state": coloured(one.state),
-        "file": escape(one.filename),
-        "title": escape(one.title or ""),
+        "file": _plain(one.filename, 256),
+        "title": _plain(one.title or "", 256),
         "type": one.media_type,
         "bytes": str(one.size),
         "pages": str(one.pages),
@@ -119,17 +120,17 @@ def document(one: wire.Document) -> None:
         "received": one.received_at,
         "version": str(one.version),
         "sha256": one.sha256,
-        "source id": escape(one.source_id or ""),
+        "source id": _plain(one.source_id or "", 256),
         "notes": ", ".join(one.notes),
     }
     if one.error:
-        rows |= {"error": f"{one.error['code']}: {escape(one.error['message'])}"}
+        rows |= {"error": f"{one.error['code']}: {_plain(one.error['message'], 500)}"}
     if found := one.categorization:
         rows |= {
             "category": f"{found.category} ({found.confidence:.2f}, {found.method})",
             "sensitivity": found.sensitivity,
             "for": ", ".join(found.relevant_agents),
-            "summary": escape(found.summary),
+            "summary": _plain(found.summary, 2000),
         }
     pairs(rows)
 
@@ -150,7 +151,7 @@ def agents(found: list[wire.AgentInfo]) -> None:
         table.add_column(name, overflow="fold")
     for one in found:
         words = ", ".join(one.capabilities) + ("; " + ", ".join(one.specialties) if one.specialties else "")
-        table.add_row(one.agent, coloured(one.state), str(one.instances), one.last_seen or "", escape(words))
+        table.add_row(one.agent, coloured(one.state), str(one.instances), one.last_seen or "", _plain(words, 2000))
     console.print(table)
 
 
@@ -159,7 +160,7 @@ def plans(found: list[wire.PlanSummary]) -> None:
     for name in ("plan", "state", "agents", "routed at", "query"):
         table.add_column(name, overflow="fold")
     for one in found:
-        row = (one.plan_id, coloured(one.state), ", ".join(one.agents), one.routed_at, escape(_short(one.original_query)))
+        row = (one.plan_id, coloured(one.state), ", ".join(one.agents), one.routed_at, _plain(one.original_query))
         table.add_row(*row)
     console.print(table)
 
@@ -171,7 +172,7 @@ def status(found: wire.StatusReply) -> None:
         {
             "hub": f"{found.name} {found.version} {coloured(found.status)}, up {found.uptime_s:.0f} s",
             "memory": f"{found.memory_usage_mb:.0f} MiB, peak {found.memory_peak_mb:.0f} MiB",
-            "model": f"{found.model_name}{'' if found.model_loaded or found.model_name == 'none' else ' (not loaded)'}",
+            "model": f"{_plain(found.model_name)}{'' if found.model_loaded or found.model_name == 'none' else ' (not loaded)'}",
             "queue": ", ".join(f"{name} {value}" for name, value in found.queue.items()),
             "agents": ", ".join(f"{name} {coloured(state)}" for name, state in found.agents.items()),
             "plans": ", ".join(f"{name} {value}" for name, value in found.plans.items()),
@@ -187,6 +188,6 @@ def status(found: wire.StatusReply) -> None:
     )
 
 
-def _short(text: str, limit: int = 100) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+def _plain(text: str, limit: int = 100) -> str:
+    """Somebody else's text as it may stand in a terminal: one line, no markup, no control characters."""
+    return escape(clean(text, limit))

@@ -53,12 +53,12 @@ def restrict(memory: int, cpu_s: int) -> None:
     """For a child: `memory` bytes of address space, `cpu_s` seconds of processor, no file written, no program started."""
     for what, limit in (
         (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, cpu_s),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 32),
     ):
         resource.setrlimit(what, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))  # SIGXCPU, which says why; SIGKILL a second later
     if _FILTER:
         program = ctypes.create_string_buffer(_FILTER, len(_FILTER))
         header = struct.pack("@HP", len(_FILTER) // 8, ctypes.addressof(program))

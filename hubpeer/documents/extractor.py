@@ -27,6 +27,7 @@ from hubpeer.documents.parts import (
     Task,
     clean,
     one_line,
+    rejected,
 )
 from hubpeer.errors import STATUS, DocumentRejected, Unavailable
 from hubpeer.settings import Documents
@@ -39,13 +40,6 @@ DRAIN_S: Final = 2.0
 #: Bytes given to a document in one go, so that the event loop turns in between; and taken from a child in one read.
 SLICE: Final = 4 * 1024 * 1024
 READ: Final = 256 * 1024
-
-_MESSAGES: Final = {
-    "no_text": "there is no text in this document; if it is a scan, recognize its text first",
-    "extraction_timeout": "reading took too long; split the document or send its text",
-    "extraction_memory": "reading needs more memory than a document may use; split the document or send its text",
-    "extraction_crashed": "the reader broke on this document; save it anew or send its text",
-}
 
 
 class Extracted(msgspec.Struct, frozen=True):
@@ -78,7 +72,7 @@ class _Zygote:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-s", "-m", "hubpeer.documents.zygote", str(os.getpid())],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 cwd="/",
                 env={"PYTHONPATH": str(Path(__file__).parents[2]), "LC_ALL": "C.UTF-8"},
@@ -178,7 +172,7 @@ class _Harvest:
         """Raises `DocumentRejected` where there is no text."""
         text = "".join(self._text).strip()
         if not text:
-            raise self.failure or _rejected("no_text")
+            raise self.failure or rejected("no_text")
         if self.failure:
             self.note(self.failure.code.removeprefix("extraction_"))
         partial = self.failure or any(note.startswith(("truncated", "pages_failed")) for note in self.notes)
@@ -280,7 +274,8 @@ class Extractor:
         clock = asyncio.get_running_loop().time
         began = clock()
         harvest = await self._harvest(data, task, self._limits.timeout_s)
-        if harvest.media_type == PDF and harvest.failure and harvest.failure.code in ("extraction_crashed", "extraction_memory"):
+        broken = harvest.failure is not None and harvest.failure.code in ("extraction_crashed", "extraction_memory")
+        if broken and harvest.media_type == PDF:
             # pdfium is C++ and reads more; pypdf is Python with limits of its own. What breaks one, the other may read.
             left = self._limits.timeout_s - (clock() - began)
             second = await self._harvest(data, msgspec.structs.replace(task, pdf_engine="pypdf"), left)
@@ -350,12 +345,8 @@ class Extractor:
             zygote.process.kill()  # dead already, or it does nothing any more
             raise _ZygoteGone
         if not harvest.finished and harvest.failure is None:
-            harvest.failure = _rejected("extraction_timeout" if late else _cause(status))
+            harvest.failure = rejected("extraction_timeout" if late else _cause(status))
         return harvest
-
-
-def _rejected(code: str) -> DocumentRejected:
-    return DocumentRejected(code, _MESSAGES[code])
 
 
 def _cause(status: bytes) -> str:

@@ -14,6 +14,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from hubpeer.errors import DocumentRejected
+
 PDF: Final = "application/pdf"
 DOCX: Final = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 TEXT: Final = "text/plain"
@@ -52,6 +54,19 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     kind: Literal["type", "engine", "title", "heading", "note", "page", "text", "rejected", "end"]
     text: str = ""
     code: str = ""
+
+
+_REASONS: Final = {
+    "no_text": "there is no text in this document; if it is a scan, recognize its text first",
+    "extraction_timeout": "reading took too long; split the document or send its text",
+    "extraction_memory": "reading needs more memory than a document may use; split the document or send its text",
+    "extraction_crashed": "the reader broke on this document; save it anew or send its text",
+}
+
+
+def rejected(code: str) -> DocumentRejected:
+    """The error for what both sides may find: the child in time, or the hub when the child has ended."""
+    return DocumentRejected(code, _REASONS[code])
 
 
 class BadFrame(Exception):

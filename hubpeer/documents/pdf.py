@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from itertools import islice
+from operator import methodcaller
 from typing import Any, Final, Literal, Protocol, TypeVar
 
 import pypdf
@@ -32,7 +33,7 @@ _ACTIVE: Final = re.compile(rb"/(?:JavaScript|JS|Launch|RichMedia)\b")
 
 
 def read(data: bytes, max_pages: int, engine: Literal["", "pypdf"] = "") -> Iterator[Part]:
-    """Raises `DocumentRejected`: `bad_pdf`, `pdf_encrypted`, `too_many_pages`, `doc_too_large`, `extraction_memory`."""
+    """Raises `DocumentRejected`: `bad_pdf`, `pdf_encrypted`, `too_many_pages`, `doc_too_large`."""
     document = _Document(data, max_pages, [_Pypdf] if engine or pypdfium2 is None else [_Pdfium, _Pypdf])
     pages = document.ask(lambda engine: engine.pages)
     if pages > max_pages:
@@ -46,15 +47,15 @@ def read(data: bytes, max_pages: int, engine: Literal["", "pypdf"] = "") -> Iter
     for number in range(pages):
         try:
             # One bad page must not cost the others: of 24 damaged real files that failed as a whole, each has readable pages.
-            text = document.ask(lambda engine, number=number: engine.text(number))
+            text: str = document.ask(methodcaller("text", number))
         except DocumentRejected as exc:
             failures.append(exc)
         else:
             yield Part("page", _tidy(text))
     if not pages:
-        raise _REJECTIONS["bad_pdf"]
+        raise _rejection({"bad_pdf"})
     if len(failures) == pages:
-        raise failures[0]
+        raise _rejection({failure.code for failure in failures})
     if failures:
         yield Part("note", f"pages_failed:{len(failures)}")
 
@@ -104,7 +105,7 @@ class _Document:
 
     def ask(self, question: Callable[[_Engine], T]) -> T:
         """The first answer. Raises `DocumentRejected` where every engine fails."""
-        failures = set()
+        failures: set[str] = set()
         for engine in self._opened:
             try:
                 return question(engine)
@@ -117,29 +118,31 @@ class _Document:
                 return question(engine)
             except Exception as exc:
                 failures.add(_code(exc))
-        raise next(_REJECTIONS[code] for code in _REJECTIONS if code in failures or code == "bad_pdf")
+        raise _rejection(failures)
 
 
 _PASSWORD: Final = 4  # FPDF_ERR_PASSWORD
 
-#: By code, the most telling first: what one engine calls damaged, the other may know to be encrypted.
-_REJECTIONS: Final = {
-    code: DocumentRejected(code, message)
-    for code, message in (
-        ("pdf_encrypted", "this PDF needs a password; save it without one"),
-        ("doc_too_large", "this PDF unpacks to more than a document may hold; split it"),
-        ("extraction_memory", "reading needs more memory than a document may use; split the document or send its text"),
-        ("bad_pdf", "this PDF is damaged; save it anew"),
-    )
+#: The most telling first: what one engine calls damaged, the other may know to be encrypted.
+_REASONS: Final = {
+    "pdf_encrypted": "this PDF needs a password; save it without one",
+    "doc_too_large": "this PDF unpacks to more than a document may hold; split it",
+    "bad_pdf": "this PDF is damaged; save it anew",
 }
 
 
 def _code(exc: Exception) -> str:
+    """What an engine's exception means. Memory that has run out is nobody's page, so that one goes on up."""
+    if isinstance(exc, MemoryError):
+        raise exc
     if isinstance(exc, FileNotDecryptedError) or getattr(exc, "err_code", None) == _PASSWORD:
         return "pdf_encrypted"
-    if isinstance(exc, LimitReachedError):
-        return "doc_too_large"
-    return "extraction_memory" if isinstance(exc, MemoryError) else "bad_pdf"
+    return "doc_too_large" if isinstance(exc, LimitReachedError) else "bad_pdf"
+
+
+def _rejection(codes: set[str]) -> DocumentRejected:
+    code = next((code for code in _REASONS if code in codes), "bad_pdf")
+    return DocumentRejected(code, _REASONS[code])
 
 
 class _Pdfium:

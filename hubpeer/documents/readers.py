@@ -12,14 +12,14 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from email.message import EmailMessage
+from email.message import MIMEPart
 from itertools import chain, islice
 from typing import Any, Final
 
 from lxml import etree
 
 from hubpeer.documents import pdf, word
-from hubpeer.documents.parts import CSV, DOCX, EMAIL, HTML, JSON, MARKDOWN, MAX_HEADINGS, PDF, Part, Task, clean
+from hubpeer.documents.parts import CSV, DOCX, EMAIL, HTML, JSON, MARKDOWN, MAX_HEADINGS, PDF, Part, Task, clean, rejected
 from hubpeer.documents.sniff import MAX_JSON, delimiter, sniff
 from hubpeer.errors import DocumentRejected
 
@@ -54,9 +54,7 @@ def read(data: bytes, task: Task) -> Iterator[Part]:
     except DocumentRejected:
         raise
     except MemoryError:
-        raise DocumentRejected(
-            "extraction_memory", "reading needs more memory than a document may use; split the document or send its text"
-        ) from None
+        raise rejected("extraction_memory") from None
     except RecursionError:
         raise DocumentRejected(broken, "this document is nested too deep to be read") from None
     except Exception:
@@ -277,7 +275,7 @@ def _email(data: bytes) -> Iterator[Part]:
         yield from _body(body)
 
 
-def _body(body: EmailMessage) -> Iterator[Part]:
+def _body(body: MIMEPart) -> Iterator[Part]:
     try:
         text = body.get_content()
     except (LookupError, UnicodeError):  # an encoding that nobody knows

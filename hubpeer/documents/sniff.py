@@ -99,7 +99,8 @@ def sniff(data: bytes, filename: str, declared: str) -> Kind:
     `bad_pdf` or `bad_docx` for garbage that claims to be one of these."""
     hint = _hint(filename, declared)
     media_type = _binary(data, hint)
-    text, notes = "", []
+    text = ""
+    notes: list[str] = []
     if media_type is None:
         text, notes = decode(data, declared)
         media_type = _text_format(data, text, hint)
@@ -212,15 +213,7 @@ def _bad_encoding(why: str) -> DocumentRejected:
 
 def _text_format(data: bytes, text: str, hint: str) -> str:
     """The format of a text. What is said of it counts where it can be; else what the content shows."""
-    possible = {
-        TEXT: lambda: True,
-        MARKDOWN: lambda: True,
-        CSV: lambda: True,
-        JSON: lambda: _is_json(text),
-        HTML: lambda: _TAG.search(text[:HEAD]) is not None,
-        EMAIL: lambda: _headers(data[:HEAD]),
-    }
-    if hint in possible and possible[hint]():
+    if hint in (TEXT, MARKDOWN, CSV) or (hint == HTML and _TAG.search(text[:HEAD])):
         return hint
     if _headers(data[:HEAD]):
         return EMAIL
@@ -236,7 +229,9 @@ def _text_format(data: bytes, text: str, hint: str) -> str:
 
 
 _TAG: Final = re.compile(r"<[a-zA-Z!][^<>]*>")
-_DOCUMENT: Final = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL)
+_DOCUMENT: Final = re.compile(
+    r"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL
+)
 #: A heading, a fence, a list, a quotation, a link: two different ones make Markdown.
 _MARKDOWN: Final = re.compile(r"^#{1,6} \S|^```|^[*-] \S|^> \S|\[[^\]\n]{1,200}\]\([^)\s]{1,500}\)", re.MULTILINE)
 _FIELD: Final = re.compile(rb"([!-9;-~]+):[ \t]*|[ \t]+\S")
@@ -247,7 +242,7 @@ _FIELDS: Final = frozenset(
 
 def _headers(head: bytes) -> bool:
     """Whether this begins as a message does (RFC 5322): header lines only, two of them well known, then an empty line."""
-    known = set()
+    known: set[bytes] = set()
     for line in head.lstrip(b"\r\n").splitlines():
         if not line:
             return len(known) >= 2

@@ -32,8 +32,9 @@ from typing import Final, NoReturn
 import msgspec
 import pypdf
 
-from hubpeer.documents import cage, readers
+from hubpeer.documents import cage
 from hubpeer.documents.parts import Part, Task, frame
+from hubpeer.documents.readers import read
 from hubpeer.errors import DocumentRejected
 
 STATUS: Final = struct.Struct("@i")  # a wait status as os.waitpid gives it
@@ -144,9 +145,9 @@ def _read(task: Task, document: int, output: int, nowhere: int, zygote: int) -> 
         os.closerange(low + 1, high)
         os.closerange(high + 1, os.sysconf("SC_OPEN_MAX"))
         cage.restrict(task.memory, task.cpu_s)
-        with open(document, "rb") as source, socket.socket(fileno=output) as sink:  # noqa: PTH123 a descriptor, not a path
+        with open(document, "rb") as source, socket.socket(fileno=output) as sink:
             try:
-                for part in readers.read(source.read(), task):
+                for part in read(source.read(), task):
                     sink.sendall(frame(part))
                 sink.sendall(frame(Part("end")))
             except DocumentRejected as exc:

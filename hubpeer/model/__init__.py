@@ -9,7 +9,7 @@ Importing this package does not import torch; `open_model` does, and only where 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +60,11 @@ class Model(Protocol):
 
     async def categorize(self, ask: DocAsk, deadline: float | None) -> Categorization:
         """The document's categorization, `method` "llm_intelligent"; raises as `plan` does."""
+        ...
+
+    def expect(self, asks: Sequence[PlanAsk]) -> None:
+        """Asks like these will probably come (a card changed): prepare for them when there is nothing else to do. Their
+        queries do not matter. Returns at once."""
         ...
 
     def status(self) -> dict[str, Any]:

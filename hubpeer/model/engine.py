@@ -233,8 +233,16 @@ class Engine:
     """Owns the memory. All methods but `submit`, `expect`, `stop` and the figures belong to the thread that runs `serve`."""
 
     def __init__(
-        self, weights: Weights, words: Words, tokens: int, limits: Limits, temperature: float = 0.0, seed: int = 0
+        self,
+        weights: Weights,
+        words: Words,
+        tokens: int,
+        limits: Limits,
+        temperature: float = 0.0,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self.weights, self.words, self.limits = weights, words, limits
         self.temperature, self.seed = temperature, seed
         self.counts = Counts()
@@ -260,7 +268,7 @@ class Engine:
         with self._lock:
             if self._stopped is not None:
                 raise self._stopped
-            offered = self._line.offer(kind, client, time.monotonic(), deadline)
+            offered = self._line.offer(kind, client, self._clock(), deadline)
             if isinstance(offered, Refused):
                 raise Busy(
                     "queue_full",
@@ -294,6 +302,12 @@ class Engine:
             self._jobs.clear()
             self._lock.notify()
         return left
+
+    def release(self) -> None:
+        """After `stop`, when nothing runs any more: let go of the large things, while the figures stay."""
+        empty = torch.empty(0)
+        self.memory.k, self.memory.v = empty, empty
+        del self.weights, self.forward
 
     def figures(self) -> dict[str, Any]:
         with self._lock:
@@ -344,13 +358,13 @@ class Engine:
 
     def step(self) -> bool:
         """One step; False where there was nothing to do."""
-        now = time.monotonic()
+        now = self._clock()
         batch = self._schedule(now)
         if not batch:
             return False
         self.step_began = now
         logits = self._run(batch)
-        self._settle(batch, logits, time.monotonic() - now)
+        self._settle(batch, logits, self._clock() - now)
         self.step_began = None
         return True
 

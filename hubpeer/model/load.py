@@ -329,8 +329,13 @@ def load_weights(folder: Path, kind: Kind, cache: Path | None = None) -> Weights
     tensors = Tensors.of_folder(folder)
     try:
         if kind == "int8" and cache is not None:
-            with _quantized_cache(cache, tensors, shape) as matrix:
-                return _assemble(shape, kind, tensors, matrix)
+            try:
+                with _quantized_cache(cache, tensors, shape) as matrix:
+                    return _assemble(shape, kind, tensors, matrix)
+            except _CacheBroken as exc:  # its file is gone now: make it again
+                log.warning("the cached weights in %s are damaged (%s) and are made again", cache, exc.message)
+                with _quantized_cache(cache, tensors, shape) as matrix:
+                    return _assemble(shape, kind, tensors, matrix)
         return _assemble(shape, kind, tensors, lambda names: _matrix(tensors, names, kind))
     except BaseException:
         tensors.close()
@@ -422,8 +427,7 @@ def _quantized_cache(cache: Path, tensors: Tensors, shape: Shape) -> Iterator[Ca
             with path.open("rb") as file:
                 yield lambda names: _cached(file, names)
             return
-        except _CacheBroken as exc:
-            log.warning("the cached weights %s are damaged (%s); they will be made again at the next start", path, exc)
+        except _CacheBroken:
             path.unlink(missing_ok=True)
             raise
     cache.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,9 @@ class ScriptedModel:
             kind = Unavailable if STATUS[entry.error] == 503 else HubError
             raise kind(entry.error, "so says the script")
         return entry
+
+    def expect(self, asks: Sequence[PlanAsk]) -> None:
+        """A script needs no preparation."""
 
     def status(self) -> dict[str, Any]:
         return {

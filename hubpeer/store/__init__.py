@@ -290,7 +290,14 @@ class Stores:
 
     # ── stores ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _threads(self) -> ThreadPoolExecutor:
+        """Raises `draining` where the stores are not open: "no such document" would be a lie."""
+        if self._pool is None:
+            raise StoreError("draining", "the stores are closed")
+        return self._pool
+
     def _knows(self, client: str) -> bool:
+        self._threads()
         return disk.folder(self._root, client).name in self._known
 
     def _handle(self, client: str) -> Handle:
@@ -382,7 +389,7 @@ class Stores:
     async def _change(self, client: str, apply: Callable[[View], Any], *, size: int = 1024, begins: bool = False) -> Any:
         """`apply` in the next transaction of the client's writer; its result, after the commit. None for a client without a
         store, unless the change `begins` one."""
-        if not begins and not self._knows(client):
+        if not self._knows(client) and not begins:
             return None
         writer = self._writers[int(disk.folder(self._root, client).name, 16) % len(self._writers)]
         try:
@@ -397,7 +404,7 @@ class Stores:
         return result
 
     async def _in_pool(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(function, *args))
+        return await asyncio.get_running_loop().run_in_executor(self._threads(), functools.partial(function, *args))
 
     def _count(self, error: HubError) -> None:
         if error.status >= 500:

@@ -480,5 +480,14 @@ async def test_paths_tell_nothing_and_are_private(stores, tmp_path):
     assert [p.stat().st_mode & 0o777 for p in (tmp_path / "stores", path.parent, path)] == [0o700] * 3
 
 
-def test_every_error_is_coded():
-    assert issubclass(StoreError, HubError)
+async def test_closed_stores_say_so(stores):
+    await stores.put("acme", draft(), b"x", "")
+    stores.close()
+    for call in (
+        stores.put("acme", draft(), b"x", ""),
+        stores.find("acme", sha(b"x"), None),
+        stores.pending(),
+        stores.stats("acme"),
+    ):
+        with pytest.raises(HubError, match="draining"):
+            await call

@@ -12,32 +12,62 @@ from hubpeer.wire import Categorization
 AGENTS = ["finance", "marketing", "sales", "ceo"]
 
 SAMPLES = {
-    "invoice": "INVOICE\nInvoice number: 2026-114\nBill to: Acme GmbH\n10 licenses, unit price EUR 40.00\nSubtotal EUR 400.00\n"
-    "VAT 19% EUR 76.00\nAmount due: EUR 476.00\nPlease pay by the due date, 14 December 2026.",
-    "contract": "This Agreement is made between Acme GmbH and Bolt Ltd (the parties). WHEREAS the parties wish to cooperate, they "
-    "hereby agree as follows. Termination: either party may terminate with 30 days notice. The governing law is German law.",
-    "financial_report": "Quarterly results. Revenue rose to $12.4 million and net income to $1.1 million. Gross margin was 61%. "
-    "Operating expenses fell. The balance sheet shows equity of $40 million; EBITDA improved over the fiscal year.",
-    "budget": "Budget 2027. Each cost center is allocated funds below. Headcount plan: 12 engineers. Capex is reduced, opex rises "
-    "by 3%. Variance to last year's budget is shown per line item, with a contingency of 5%.",
-    "campaign_brief": "Campaign brief: spring launch. Target audience: students. Channels: social media and newsletter. The key "
-    "message and call to action lead to a landing page. We expect 2 million impressions and a higher conversion rate.",
-    "market_research": "We ran a survey of 1,200 respondents. The market size is growing; our main competitor holds 30% market "
-    "share. Segmentation by demographics shows a clear trend.",
-    "sales_proposal": "Proposal for Bolt Ltd in answer to your RFP. Our solution covers the scope of work. Pricing: see the quote, "
-    "valid until 31 January 2027, with a discount of 10%. Deliverables are listed below.",
-    "pipeline_report": "Pipeline review. 14 opportunities are in the last stage. Closed won: 5 deals; closed lost: 3. The win rate "
-    "is 38% against quota. Sales forecast by territory and account executive follows.",
-    "board_material": "Board of directors, agenda. The chairman noted a quorum. Resolved: the shareholders shall be asked to "
-    "approve the resolution at the annual general meeting.",
-    "hr": "Curriculum vitae. Work experience: five years as accountant. Education: BSc. Skills: Excel. The candidate is looking "
-    "for employment; salary expectations on request.",
-    "technical": "Installation and configuration. The server exposes an API over a binary protocol. Set the parameter in the "
-    "database module. Release notes for version 2.1 of the software describe the interface.",
-    "meeting_notes": "Minutes of the weekly meeting. Attendees: Ann, Bob. Discussed: hiring. Action items: Bob writes the page. "
-    "Next meeting on Tuesday.",
-    "press_news": "FOR IMMEDIATE RELEASE. Press release: Acme announced a new product. Media contact: press@acme.example. A "
-    "spokesperson told reporters the news.",
+    "invoice": (
+        "INVOICE\nInvoice number: 2026-114\nBill to: Acme GmbH\n10 licenses, unit price EUR 40.00\nSubtotal EUR "
+        "400.00\nVAT 19% EUR 76.00\nAmount due: EUR 476.00\nPlease pay by the due date, 14 December 2026."
+    ),
+    "contract": (
+        "This Agreement is made between Acme GmbH and Bolt Ltd (the parties). WHEREAS the parties wish to "
+        "cooperate, they hereby agree as follows. Termination: either party may terminate with 30 days "
+        "notice. The governing law is German law."
+    ),
+    "financial_report": (
+        "Quarterly results. Revenue rose to $12.4 million and net income to $1.1 million. Gross margin was "
+        "61%. Operating expenses fell. The balance sheet shows equity of $40 million; EBITDA improved over "
+        "the fiscal year."
+    ),
+    "budget": (
+        "Budget 2027. Each cost center is allocated funds below. Headcount plan: 12 engineers. Capex is "
+        "reduced, opex rises by 3%. Variance to last year's budget is shown per line item, with a contingency"
+        " of 5%."
+    ),
+    "campaign_brief": (
+        "Campaign brief: spring launch. Target audience: students. Channels: social media and newsletter. The"
+        " key message and call to action lead to a landing page. We expect 2 million impressions and a higher"
+        " conversion rate."
+    ),
+    "market_research": (
+        "We ran a survey of 1,200 respondents. The market size is growing; our main competitor holds 30% "
+        "market share. Segmentation by demographics shows a clear trend."
+    ),
+    "sales_proposal": (
+        "Proposal for Bolt Ltd in answer to your RFP. Our solution covers the scope of work. Pricing: see the"
+        " quote, valid until 31 January 2027, with a discount of 10%. Deliverables are listed below."
+    ),
+    "pipeline_report": (
+        "Pipeline review. 14 opportunities are in the last stage. Closed won: 5 deals; closed lost: 3. The "
+        "win rate is 38% against quota. Sales forecast by territory and account executive follows."
+    ),
+    "board_material": (
+        "Board of directors, agenda. The chairman noted a quorum. Resolved: the shareholders shall be asked "
+        "to approve the resolution at the annual general meeting."
+    ),
+    "hr": (
+        "Curriculum vitae. Work experience: five years as accountant. Education: BSc. Skills: Excel. The "
+        "candidate is looking for employment; salary expectations on request."
+    ),
+    "technical": (
+        "Installation and configuration. The server exposes an API over a binary protocol. Set the parameter "
+        "in the database module. Release notes for version 2.1 of the software describe the interface."
+    ),
+    "meeting_notes": (
+        "Minutes of the weekly meeting. Attendees: Ann, Bob. Discussed: hiring. Action items: Bob writes the "
+        "page. Next meeting on Tuesday."
+    ),
+    "press_news": (
+        "FOR IMMEDIATE RELEASE. Press release: Acme announced a new product. Media contact: "
+        "press@acme.example. A spokesperson told reporters the news."
+    ),
 }
 
 
