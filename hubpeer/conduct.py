@@ -161,7 +161,7 @@ class Conductor:
             before, after = await self._change(plan_id, lambda r: plan.report(r, step_id, agent, result, self._clock()))
             await self._settle(after, before if after != before else None)
             await message.ack()
-        except (Unavailable, ApiError) as exc:
+        except Unavailable as exc:
             log.warning("a result waits: %s", exc)  # not acknowledged, so it is delivered again
         except HubError as exc:
             await self._letters.bury(message, exc)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from msgspec import UNSET, Struct
 
 from hubpeer import plan, taxonomy, wire
-from hubpeer.bus.jetstream import ApiError, JetStream, Message, Puller
+from hubpeer.bus.jetstream import JetStream, Message, Puller
 from hubpeer.bus.link import Link
 from hubpeer.bus.service import Endpoint, Reply, Request
 from hubpeer.bus.topology import DOCS, DOCS_CONSUMER
@@ -126,6 +126,7 @@ class Ingest:
             raise BadRequest("bad_header", f"{wire.WAIT} is committed or categorized", field=wire.WAIT)
         document = await self._incoming(client, request.data, request.headers)
         stored, duplicate = await self.keep(document)
+        await self._unstage(client, request.headers)
         if wait == "categorized":
             await self._categorized(stored, request.deadline)
             stored = await self._stores.get(client, stored.document_id)
@@ -140,6 +141,11 @@ class Ingest:
             limit = self._settings.documents.max_bytes
             data = await self._js.object_get(wire.object_bucket(client), name, limit)
         return Incoming.read(client, data, headers)
+
+    async def _unstage(self, client: str, headers: Headers) -> None:
+        """Remove the staged object of a document that is committed; the store has its bytes now."""
+        if name := wire.header(headers, wire.OBJECT, 255):
+            await self._js.object_delete(wire.object_bucket(client), name)
 
     # ── the story ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -221,12 +227,9 @@ class Ingest:
         await self._publish(client, document_id, wire.encode(failed), "failed")
 
     async def _publish(self, client: str, document_id: str, data: bytes, what: str) -> None:
-        try:
-            # The time is part of the message id: a resend within the duplicate window is told again what became of it.
-            msg_id = f"{client}.{document_id}.{what}.{int(self._clock() * 1000)}"
-            await self._js.publish(wire.receipt_subject(client, document_id), data, msg_id=msg_id)
-        except ApiError as exc:
-            raise Unavailable("bus_unavailable", f"the receipt cannot be published: {exc}") from exc
+        # The time is part of the message id: a resend within the duplicate window is told again what became of it.
+        msg_id = f"{client}.{document_id}.{what}.{int(self._clock() * 1000)}"
+        await self._js.publish(wire.receipt_subject(client, document_id), data, msg_id=msg_id)
 
     # ── hub.docs.stream ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -254,12 +257,11 @@ class Ingest:
                 except DocumentRejected as exc:
                     if exc.document_id is None:  # nothing was kept, so the message itself is
                         raise
-                if name := wire.header(message.headers, wire.OBJECT, 255):
-                    await self._js.object_delete(wire.object_bucket(client), name)
                 await message.ack()
+                await self._unstage(client, message.headers)
         except (BadRequest, DocumentRejected) as exc:
             await self._bury(message, exc)
-        except (HubError, ApiError) as exc:
+        except HubError as exc:
             await self._again(message, exc)
         except Exception as exc:
             log.exception("document %d of %s failed", message.sequence, DOCS)
@@ -277,7 +279,7 @@ class Ingest:
                 await self._bury(message, exc)
             else:
                 await message.nak(min(60.0, 2.0 ** min(message.deliveries, 6)))
-        except (HubError, ApiError) as failed:
+        except HubError as failed:
             log.warning("it is delivered again after its ack wait: %s", failed)
 
     async def _bury(self, message: Message, exc: Exception) -> None:
@@ -289,7 +291,7 @@ class Ingest:
             if wire.TOKEN.fullmatch(client):
                 sha256 = hashlib.sha256(message.data).hexdigest()
                 await self._publish_failure(error, client, f"dlq-{message.sequence}", sha256, None)
-        except (HubError, ApiError) as failed:
+        except HubError as failed:
             log.warning("document %d of %s cannot be buried yet: %s", message.sequence, DOCS, failed)
 
     # ── categories ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hubpeer import __version__, wire
-from hubpeer.bus.jetstream import ApiError, Difference, JetStream
+from hubpeer.bus.jetstream import Difference, JetStream
 from hubpeer.bus.link import Link
 from hubpeer.bus.service import Endpoint, Reply, Request, Service
 from hubpeer.bus.topology import STREAMS
@@ -143,7 +143,7 @@ class Operations:
     async def _stream(self, name: str) -> dict[str, Any]:
         try:
             state = await self._js.stream_state(name)
-        except (ApiError, HubError) as exc:
+        except HubError as exc:
             return {"name": name, "error": str(exc)}
         return {"name": name, "messages": state["messages"], "bytes": state["bytes"], "last_seq": state["last_seq"]}
 
@@ -151,6 +151,6 @@ class Operations:
 async def _state(check: Callable[[], Awaitable[None]]) -> str:
     try:
         await check()
-    except (ApiError, HubError) as exc:
+    except HubError as exc:
         return str(exc)
     return "ok"

@@ -43,7 +43,7 @@ class Roster:
         for name in await self._bucket.keys():
             if found := await self._bucket.get(name):
                 self._remember(_decoder.decode(found[0]))
-        for name in self._agents:
+        for name in list(self._agents):  # another hub's news may add to them meanwhile
             await self._ensure_consumer(name)
 
     async def _on_change(self, msg: Msg) -> None:

@@ -26,6 +26,8 @@ from hubpeer.wire import Card, RouteRequest, RoutingDecision, RoutingMethod
 
 log = logging.getLogger("hubpeer.route")
 
+#: First letter of the ids of plans that are known by their `Hub-Request-Id`.
+_RESENT = "r"
 #: Kept back from the asker's deadline, in seconds, for the next rung, the stores and the way back.
 _RESERVE_S = 0.1
 
@@ -65,7 +67,7 @@ class Router:
         visited = _visited(request, asker, self._settings.routing.max_call_path)
         plan_id = _plan_id(request, asker, self._clock())
 
-        if known := await self._conductor.find(plan_id):  # asked before under the same Hub-Request-Id
+        if plan_id.startswith(_RESENT) and (known := await self._conductor.find(plan_id)):
             if known.decision.original_query != body.query:
                 raise HubError("conflict", "this request id was used for another question")
             return _reply(known)
@@ -183,6 +185,6 @@ def _plan_id(request: Request, asker: str, now: float) -> str:
     """A resent question, known by its `Hub-Request-Id`, gets the id it had; any other a new one that sorts by time."""
     if wire.header(request.headers, wire.REQUEST_ID) is not None:
         digest = hashlib.blake2b(f"{asker}\0{request.request_id}".encode(), digest_size=15).digest()
-        return "r" + base64.b32hexencode(digest).decode().lower()
+        return _RESENT + base64.b32hexencode(digest).decode().lower()
     raw = int(now * 1000).to_bytes(6, "big") + secrets.token_bytes(9)
     return "p" + base64.b32hexencode(raw).decode().lower()

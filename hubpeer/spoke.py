@@ -29,7 +29,7 @@ import msgspec
 from msgspec import Struct
 
 from hubpeer import wire
-from hubpeer.bus.jetstream import ApiError, Message, Puller
+from hubpeer.bus.jetstream import Message, Puller
 from hubpeer.client import Client, Documents
 from hubpeer.errors import HubError, Unavailable
 from hubpeer.wire import Outcome, StepMessage, StepResult
@@ -196,12 +196,14 @@ class Spoke:
         assert self._registered is not None
         gate = asyncio.Semaphore(self._concurrency)
         async with Puller(self.client.link, self._registered.stream, self._registered.consumer) as puller:
+            # Room first, then the step: one that waits here unacknowledged would be handed out again.
+            await gate.acquire()
             async for message in puller:
-                await gate.acquire()
                 task = asyncio.create_task(self._take(message), name="step")
                 self._working.add(task)
                 task.add_done_callback(self._working.discard)
                 task.add_done_callback(lambda _: gate.release())
+                await gate.acquire()
 
     async def _take(self, message: Message) -> None:
         """One step: work, report, then acknowledge. Killed before the ack, the step is handed out again."""
@@ -218,7 +220,7 @@ class Spoke:
                 result = await self._work(step, message.headers.get(wire.CALL_PATH, ""))
             await self.report(step, result)
             await message.ack()
-        except (HubError, ApiError) as exc:
+        except HubError as exc:
             log.error("step %s of plan %s is not reported, it comes again: %s", step.step_id, step.plan_id, exc)
 
     async def _work(self, step: StepMessage, call_path: str) -> StepResult:
@@ -246,7 +248,7 @@ class Spoke:
             while True:
                 try:
                     await self.report(step, StepResult("progress"))
-                except (HubError, ApiError) as exc:
+                except HubError as exc:
                     log.info("progress of step %s: %s", step.step_id, exc)
                 await asyncio.sleep(_TELL_HUB_S)
 

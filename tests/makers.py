@@ -26,7 +26,7 @@ def _page_content(text: str) -> bytes:
 
 
 def pdf_of(contents: Sequence[bytes], title: str | None = None, *, dictionary: bytes = b"", catalog: bytes = b"") -> bytes:
-    """A PDF of raw page contents. `dictionary` goes into the dictionary of every content stream, e.g. `/Filter /FlateDecode`."""
+    """A PDF of raw page contents; `dictionary` is added to each of their dictionaries, e.g. `/Filter /FlateDecode`."""
     kids = b" ".join(b"%d 0 R" % (4 + 2 * i) for i in range(len(contents)))
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R " + catalog + b" >>",
@@ -135,15 +135,18 @@ def archive(entries: Mapping[str, bytes | str]) -> bytes:
     return out.getvalue()
 
 
+def content_types(part: str, kind: str) -> str:
+    """The list that makes an archive an Office document, with one part in it."""
+    namespace = "http://schemas.openxmlformats.org/package/2006/content-types"
+    return f'<Types xmlns="{namespace}"><Override PartName="{part}" ContentType="{kind}"/></Types>'
+
+
 def raw_docx(
     body: str, *, prolog: str = "", main_type: str = DOCUMENT_TYPE, more: Mapping[str, bytes | str] | None = None
 ) -> bytes:
     """A Word document of raw XML: `body` inside w:body, `prolog` before the root element, `more` entries of the archive."""
     return archive({
-        "[Content_Types].xml": (
-            '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">'
-            f'<Override PartName="/word/document.xml" ContentType="{main_type}"/></Types>'
-        ),
+        "[Content_Types].xml": content_types("/word/document.xml", main_type),
         "word/document.xml": (
             f'<?xml version="1.0"?>{prolog}<w:document xmlns:w="{W}" xmlns:mc="{MC}"><w:body>{body}</w:body></w:document>'
         ),

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 import logging
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from msgspec import Struct
 from nats.aio.msg import Msg
 
 from hubpeer.bus.link import Link
-from hubpeer.errors import HubError, SettingsError, Unavailable
+from hubpeer.errors import DocumentRejected, HubError, SettingsError, Unavailable
 from hubpeer.wire import MSG_ID, Headers, encode_any
 
 log = logging.getLogger("hubpeer.bus")
@@ -38,13 +39,12 @@ STREAM_FULL: Final = 10077
 _VITAL: Final = frozenset({"subjects", "retention", "storage"})
 
 
-class ApiError(Exception):
-    """The JetStream API said no; `err_code` is the contract, the text is not (ADR-7)."""
+class ApiError(Unavailable):
+    """The JetStream API said no. `err_code` is the contract, the text is not (ADR-7)."""
 
-    def __init__(self, code: int, err_code: int, description: str) -> None:
-        self.code = code
+    def __init__(self, err_code: int, description: str) -> None:
         self.err_code = err_code
-        super().__init__(f"{description} ({err_code})")
+        super().__init__("bus_unavailable", f"JetStream: {description} ({err_code})")
 
 
 class Ack(Struct, frozen=True):
@@ -165,6 +165,8 @@ class JetStream:
             try:
                 answer = _answer((await self.link.request(subject, data, sent, timeout_s=min(5.0, within_s))).data)
                 return Ack(answer["stream"], answer["seq"], answer.get("duplicate", False))
+            except ApiError:
+                raise
             except HubError as exc:
                 if exc.code not in ("bus_unavailable", "deadline_passed") or loop.time() >= until:
                     raise
@@ -220,7 +222,7 @@ class JetStream:
         info = await self.object_info(bucket, name)
         size = int(info.get("size", 0))
         if size > limit:
-            raise HubError("doc_too_large", f"{size} bytes; at most {limit} are read")
+            raise DocumentRejected("doc_too_large", f"{size} bytes; at most {limit} are read")
         if size == 0:
             return b""
         stream, subject = f"OBJ_{bucket}", f"$O.{bucket}.C.{info['nuid']}"
@@ -248,11 +250,11 @@ class JetStream:
         except TimeoutError:
             raise HubError("object_not_found", f"the object's chunks did not arrive within {timeout_s:g} s") from None
         finally:
-            with contextlib.suppress(ApiError, HubError):
+            with contextlib.suppress(HubError):
                 await self.api(f"CONSUMER.DELETE.{stream}.{created['name']}")
         expected = str(info.get("digest", "")).partition("=")[2]
         if received != size or (expected and base64.urlsafe_b64encode(digest.digest()).decode() != expected):
-            raise HubError("digest_mismatch", "the object's bytes are not what its digest says")
+            raise DocumentRejected("digest_mismatch", "the object's bytes are not what its digest says")
         return b"".join(parts)
 
     async def object_put(self, bucket: str, name: str, data: bytes, chunk: int = 256 * 1024) -> None:
@@ -280,7 +282,7 @@ class JetStream:
 
     async def object_delete(self, bucket: str, name: str) -> None:
         """Remove an object's chunks and metadata; one that is not there is no error."""
-        with contextlib.suppress(HubError, ApiError):
+        with contextlib.suppress(HubError):
             info = await self.object_info(bucket, name)
             await self.api(f"STREAM.PURGE.OBJ_{bucket}", {"filter": f"$O.{bucket}.C.{info['nuid']}"})
             meta = base64.urlsafe_b64encode(name.encode()).decode()
@@ -340,7 +342,10 @@ class Bucket:
     async def update(self, key: str, value: bytes, revision: int) -> int | None:
         """The new revision, or None where somebody else was faster."""
         try:
-            return (await self._js.publish(self.prefix + key, value, expect_last=revision)).seq
+            # The message id makes the retry of a lost ack harmless: it is answered as a duplicate, with the revision, where
+            # the expected sequence alone would say that somebody else was faster.
+            change = secrets.token_hex(12)
+            return (await self._js.publish(self.prefix + key, value, msg_id=change, expect_last=revision)).seq
         except ApiError as exc:
             if exc.err_code == WRONG_LAST_SEQUENCE:
                 return None
@@ -415,11 +420,13 @@ class Message:
 class Puller:
     """The messages of a durable consumer, as they come: `async with Puller(...) as p: async for message in p`.
 
-    Survives reconnects and servers that forgot the request: a pull that hears nothing for its time plus two seconds is sent
-    again. At most `batch` messages are asked for at once.
+    Survives reconnects and servers that forgot the request: a pull that hears nothing for its time and a little is sent
+    again (between accounts the server's word that it expired does not arrive at all). At most `batch` messages are asked for
+    at once.
     """
 
     EXPIRES_S: Final = 5.0
+    _GRACE_S: Final = 0.5
 
     def __init__(self, link: Link, stream: str, consumer: str, batch: int = 1, prefix: str = "$JS.API") -> None:
         self._link = link
@@ -451,14 +458,16 @@ class Puller:
                 continue
             while wanted:
                 try:
-                    msg = await asyncio.wait_for(self._arrived.get(), self.EXPIRES_S + 2)
+                    msg = await asyncio.wait_for(self._arrived.get(), self.EXPIRES_S + self._GRACE_S)
                 except TimeoutError:
                     break
-                status = (msg.headers or {}).get("Status") if not msg.data else None
-                if status is None:
+                # The server's own words have no reply subject. A header proves nothing: publishers write headers too.
+                if msg.reply:
                     wanted -= 1
                     yield Message(self._link, msg)
-                elif status == "503" or status.startswith("4"):
+                    continue
+                status = (msg.headers or {}).get("Status", "")
+                if status == "503" or status.startswith("4"):
                     # 404/408: nothing there, ask again; 409: the consumer changed or went away; 503: no JetStream right now.
                     if status not in ("404", "408"):
                         log.debug("pull: %s %s", status, (msg.headers or {}).get("Description", ""))
@@ -472,7 +481,7 @@ def _answer(data: bytes) -> dict[str, Any]:
     except msgspec.DecodeError as exc:
         raise Unavailable("bus_unavailable", "JetStream gave an answer that is not JSON") from exc
     if error := answer.get("error"):
-        raise ApiError(error.get("code", 500), error.get("err_code", 0), error.get("description", ""))
+        raise ApiError(error.get("err_code", 0), error.get("description", ""))
     return answer
 
 

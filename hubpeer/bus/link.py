@@ -5,7 +5,8 @@ What nats-py leaves to its user, and this class does:
 1. The server counts headers and payload against `max_payload`, nats-py only the payload, and the server's answer to one byte
    too many is to close the connection for good. `publish` counts both first.
 2. Any `-ERR` but a permission violation or a stale connection leaves the client closed for good. A closed connection is
-   built anew, with its subscriptions.
+   built anew, with its subscriptions; we look for ourselves whether it is closed, too, because a broken pipe while it closes
+   keeps nats-py from saying so.
 3. A refused publish shows only in the error callback, while the caller waits for its timeout. `request` fails at once.
 4. Callbacks are awaited inside the read loop; one that raises ends it. Ours only log and set futures.
 """
@@ -20,12 +21,18 @@ import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import nats
 from msgspec import Struct
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import ConnectionClosedError, Error, NoRespondersError, NoServersError, OutboundBufferLimitError
+from nats.errors import (
+    ConnectionClosedError,
+    ConnectionDrainingError,
+    Error,
+    NoRespondersError,
+    NoServersError,
+    OutboundBufferLimitError,
+)
 
 from hubpeer.errors import HubError, SettingsError, Unavailable
 from hubpeer.settings import Nats
@@ -38,6 +45,10 @@ Handler = Callable[[Msg], Awaitable[None]]
 _HEADER_LINE = 4
 _HEADER_FRAME = 12
 
+#: How often we look whether the connection was closed for good, in seconds.
+_LOOK_S = 0.5
+
+_gone = (ConnectionClosedError, ConnectionDrainingError, OutboundBufferLimitError)
 _violation = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
 
 
@@ -124,6 +135,7 @@ class Link:
         self._ids = iter(range(1, 2**62))
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
         self._rebuild: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._closing = False
         self.rebuilt = 0  #: how often a connection that was closed for good was replaced
         self.last_error = ""
@@ -141,6 +153,7 @@ class Link:
         while True:
             try:
                 self._client = await self._connect()
+                self._watch = asyncio.create_task(self._look(), name=f"watch-{self._access.name}")
                 return
             except (OSError, NoServersError, TimeoutError, Error) as exc:
                 text = f"{exc} {self.last_error}".lower()
@@ -155,24 +168,35 @@ class Link:
     async def _connect(self) -> Client:
         # With reconnecting allowed, nats-py hides why a first attempt failed. So a first connection is made without, and
         # once it stands it is replaced by one that reconnects.
+        # Neither may take for ever, which they do by themselves where reconnecting is unlimited and nobody listens.
         options = self._access.options()
-        probe = await nats.connect(**options, allow_reconnect=False, error_cb=self._on_error)
-        await probe.close()
-        return await nats.connect(
-            **options,
-            allow_reconnect=True,
-            error_cb=self._on_error,
-            closed_cb=self._on_closed,
-            disconnected_cb=self._on_disconnected,
-            reconnected_cb=self._on_reconnected,
-        )
+        once = {**options, "allow_reconnect": False, "max_reconnect_attempts": 1}
+        probe, client = Client(), Client()
+        try:
+            await probe.connect(**once, error_cb=self._on_error)
+            await probe.close()
+            async with asyncio.timeout(5 * self._access.connect_timeout_s):
+                await client.connect(
+                    **options,
+                    allow_reconnect=True,
+                    error_cb=self._on_error,
+                    closed_cb=self._on_closed,
+                    disconnected_cb=self._on_disconnected,
+                    reconnected_cb=self._on_reconnected,
+                )
+        except BaseException:
+            _discard(probe)
+            _discard(client)
+            raise
+        return client
 
     async def close(self, drain_s: float = 5.0) -> None:
         """Deliver what is underway, then disconnect. Safe to call twice."""
         self._closing = True
-        if self._rebuild is not None:
-            self._rebuild.cancel()
-            await asyncio.gather(self._rebuild, return_exceptions=True)
+        for task in (self._watch, self._rebuild):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         client, self._client = self._client, None
         if client is None or client.is_closed:
             return
@@ -231,17 +255,29 @@ class Link:
             log.error("%s: the connection was closed (%s); building a new one", self._access.name, self.last_error)
             self._rebuild = asyncio.create_task(self._build_again(), name=f"rebuild-{self._access.name}")
 
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if self._client is not None and self._client.is_closed:
+                await self._on_closed()
+
     async def _build_again(self) -> None:
         while not self._closing:
+            if self._client is not None:
+                _discard(self._client)
             try:
                 self._client = await self._connect()
-                for held in self._held.values():
+                # Who subscribes or unsubscribes meanwhile changes what we hold, and does so on the new connection.
+                for held in list(self._held.values()):
                     held.sub = await self._subscribe(held)
+                await self.flush()
                 self.rebuilt += 1
                 log.info("%s: connected again", self._access.name)
                 return
-            except (Error, OSError, TimeoutError) as exc:
+            except (Error, OSError, TimeoutError, Unavailable) as exc:  # `Unavailable`: the new one was closed as well
                 self.last_error = str(exc)
+                if self._client is not None and not self._client.is_closed:
+                    await self._client.close()
                 await asyncio.sleep(self._access.reconnect_wait_s)
 
     # ── use ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,7 +287,7 @@ class Link:
         self._guard(data, headers)
         try:
             await self.client.publish(subject, data, reply=reply, headers=dict(headers) if headers else None)
-        except (ConnectionClosedError, OutboundBufferLimitError) as exc:
+        except _gone as exc:
             raise Unavailable("bus_unavailable", "the connection to the bus is down") from exc
 
     async def request(self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, timeout_s: float = 5.0) -> Msg:
@@ -261,11 +297,12 @@ class Link:
         within `timeout_s` seconds), `payload_too_large`.
         """
         self._guard(data, headers)
+        client = self.client
         refused: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiting = self._waiting.setdefault(subject.lower(), set())
         waiting.add(refused)
         asked = asyncio.ensure_future(
-            self.client.request(subject, data, timeout=timeout_s, headers=dict(headers) if headers else None)
+            client.request(subject, data, timeout=timeout_s, headers=dict(headers) if headers else None)
         )
         try:
             await asyncio.wait({asked, refused}, return_when=asyncio.FIRST_COMPLETED)
@@ -276,7 +313,7 @@ class Link:
             raise Unavailable("bus_unavailable", f"nobody answers on {subject}") from None
         except TimeoutError:
             raise HubError("deadline_passed", f"no reply on {subject} within {timeout_s:g} s") from None
-        except (ConnectionClosedError, OutboundBufferLimitError) as exc:
+        except _gone as exc:
             raise Unavailable("bus_unavailable", "the connection to the bus is down") from exc
         finally:
             waiting.discard(refused)
@@ -308,10 +345,12 @@ class Link:
     async def unsubscribe(self, key: int, drain: bool = False) -> None:
         """End a subscription; `drain`: what has already arrived is still handled."""
         held = self._held.pop(key, None)
-        if held is None or held.sub is None or self._client is None or not self._client.is_connected:
+        if held is None or held.sub is None or self._client is None or self._client.is_closed:
             return
         try:
-            await (held.sub.drain() if drain else held.sub.unsubscribe())
+            # While the connection is down there is nothing to drain, but nats-py must forget the subscription all the same:
+            # it would make it again with the next connection.
+            await (held.sub.drain() if drain and self._client.is_connected else held.sub.unsubscribe())
         except Error as exc:
             log.debug("unsubscribing %s: %s", held.subject, exc)
 
@@ -333,6 +372,15 @@ class Link:
                 f"{size} bytes with headers, but the server takes {self.max_payload}; "
                 "send large documents through the object store",
             )
+
+
+def _discard(client: Client) -> None:
+    """Let go of what a client still holds whose own closing broke off half-way."""
+    for sub in list(client._subs.values()):
+        sub._stop_processing()
+    client._subs.clear()
+    if client._transport is not None:
+        client._transport.close()
 
 
 def message_size(data: bytes, headers: Mapping[str, str] | None) -> int:

@@ -81,6 +81,7 @@ class EmbeddedServer:
             )
         config = self._data / "nats-server.conf"
         descriptor = os.open(config, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.fchmod(descriptor, 0o600)  # one that was there keeps its mode otherwise
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(self._config())
         await self._spawn(program, config)

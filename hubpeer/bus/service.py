@@ -189,9 +189,10 @@ class Service:
                         raise HubError("deadline_passed", "the request arrived after its deadline")
                     request = Request(msg.subject, tokens, msg.data, headers, request_id, deadline)
                     reply = await endpoint.handler(request)
-                    if not self._link.fits(reply.data, reply.headers):
+                    answered = {wire.REQUEST_ID: request_id, **reply.headers}
+                    if not self._link.fits(reply.data, answered):
                         raise HubError("reply_too_large", f"{len(reply.data)} bytes do not fit into one reply; ask for less")
-                    await self._link.publish(msg.reply, reply.data, {wire.REQUEST_ID: request_id, **reply.headers})
+                    await self._link.publish(msg.reply, reply.data, answered)
                 except HubError as exc:
                     await self._refuse(msg.reply, exc, request_id, stats)
                 except Exception:
@@ -226,7 +227,7 @@ class Service:
 
     def _reply_allowed(self, reply: str, tokens: list[str], owner: int | None) -> bool:
         """A reply goes to an inbox; where every agent has its own, to the asker's. Wildcards are nobody's inbox."""
-        if "*" in reply or ">" in reply or not reply.isascii() or " " in reply:
+        if "*" in reply or ">" in reply or not reply.isascii() or not all(reply.split(".")):
             return False
         if reply.startswith(_account_reply):
             return True

@@ -35,8 +35,8 @@ from hubpeer.settings import Documents
 #: How long a zygote may take to load its libraries, and to end.
 START_S: Final = 20.0
 STOP_S: Final = 5.0
-#: How long a killed child's last words may take to arrive.
-DRAIN_S: Final = 2.0
+#: How long a killed child may take to be gone, its last words and its exit status included.
+DRAIN_S: Final = 5.0
 #: Bytes given to a document in one go, so that the event loop turns in between; and taken from a child in one read.
 SLICE: Final = 4 * 1024 * 1024
 READ: Final = 256 * 1024
@@ -191,7 +191,7 @@ class _Harvest:
 class Extractor:
     """Reads documents in child processes: fork per document from a warm parent, with limits, killed at the deadline.
 
-    One document costs about 20 ms more than reading it in the hub itself would, and for that can break nothing: not the hub,
+    One document costs some 5 ms more than reading it in the hub itself would, and for that can break nothing: not the hub,
     not another document, not a file, not a peer on the network.
     """
 

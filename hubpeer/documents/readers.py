@@ -122,9 +122,7 @@ def _csv(text: str) -> Iterator[Part]:
     """Rows of cells with tabs between them, whatever was between them before."""
     yield Part("engine", "csv")
     separator = delimiter(text) or ("\t" if "\t" in text[:SLICE] else ",")
-    rows = (
-        [" ".join(cell.split()) for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    )
+    rows = ([" ".join(cell.split()) for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator))
     first = next(rows, [])
     for cell in first:
         yield Part("heading", cell)

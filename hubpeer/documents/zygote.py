@@ -1,6 +1,6 @@
 """The process that forks one child per document: `python -m hubpeer.documents.zygote PARENT`, started by `Extractor`.
 
-It has no threads, no secrets and next to no environment, and everything a reader needs is loaded before the first fork. Its
+It has no threads, no secrets and next to no environment, and the readers' libraries are loaded before the first fork. Its
 standard input is a socket from the hub:
 
     hub -> zygote   one packet per document: a `Task`, and three descriptors: the document, where parts go, the lifeline
@@ -13,12 +13,9 @@ The hub's death closes the socket, and the zygote ends with all its children; th
 
 from __future__ import annotations
 
-import encodings
 import gc
-import importlib
 import logging
 import os
-import pkgutil
 import selectors
 import signal
 import socket
@@ -30,7 +27,6 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 import msgspec
-import pypdf
 
 from hubpeer.documents import cage
 from hubpeer.documents.parts import Part, Task, frame
@@ -46,7 +42,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the hub, which closes us when it is done
     hub = socket.socket(fileno=0)
     nowhere = os.open(os.devnull, os.O_RDWR)
-    _load()
+    logging.disable()  # what a library thinks of a document is of no use to an operator
     libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     protections = cage.enclose([*libraries, Path(__file__).parents[1]])
     if cage.seccomp_works():
@@ -54,15 +50,6 @@ def main() -> None:
     gc.freeze()  # the collector leaves these pages alone, so the children share them
     hub.send(msgspec.json.encode(protections))
     _serve(hub, nowhere)
-
-
-def _load() -> None:
-    """Import what readers would import late: every codec, every part of pypdf."""
-    logging.disable()  # what a library thinks of a document is of no use to an operator
-    for package in (encodings, pypdf):
-        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            with suppress(Exception):  # codecs of other systems, parts that need optional libraries
-                importlib.import_module(module.name)
 
 
 class _Child:
@@ -76,13 +63,11 @@ class _Child:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)  # nobody but `reap` frees the number, so it cannot be somebody else's
 
-    def reap(self) -> None:
-        """Tell the hub how the child ended; wait for it where it has not."""
+    def reap(self) -> int:
+        """Wait for its end; its exit status."""
         _, status = os.waitpid(self.pid, 0)
-        with suppress(OSError):  # the hub may have gone on
-            self.lifeline.send(STATUS.pack(status))
-        self.lifeline.close()
         os.close(self.exit)
+        return status
 
 
 def _serve(hub: socket.socket, nowhere: int) -> None:
@@ -106,13 +91,15 @@ def _serve(hub: socket.socket, nowhere: int) -> None:
                         with suppress(KeyError):
                             ready.unregister(watched)
                     children.remove(child)
-                    child.reap()
+                    with suppress(OSError), child.lifeline:  # the hub may have gone on
+                        child.lifeline.send(STATUS.pack(child.reap()))
                 elif child in children:  # not one that ended in this same round
                     ready.unregister(child.lifeline)
                     child.kill()
 
 
 def _end(children: set[_Child]) -> None:
+    """The hub is gone or closing. No exit status is sent: these documents were not at fault and may be tried again."""
     for child in children:
         child.kill()
     for child in children:

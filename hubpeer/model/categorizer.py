@@ -32,9 +32,7 @@ class Categorizer:
         texts, words, chat = self._layout.document, self._words, self._layout.chat
         agents = sorted(ask.agents)[:MOST_AGENTS]
         names = sorted(ask.taxonomy)
-        categories = "".join(
-            filled(texts.category, category=name, definition=ask.taxonomy[name].definition) for name in names
-        )
+        categories = "".join(filled(texts.category, category=name, definition=ask.taxonomy[name].definition) for name in names)
         prefix = system_part(words, chat, filled(texts.system, categories=categories, agents=", ".join(agents) or "none"))
         options = {name: words.data(filled(texts.option, name=name)) for name in names}
         leads = {agent: words.data(filled(texts.agent, agent=agent)) for agent in agents}
@@ -79,7 +77,13 @@ class Categorizer:
     # ── the story ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _story(
-        self, ask: DocAsk, branch: Branch, parts: list[int], options: dict[str, list[int]], leads: dict[str, list[int]], read: int
+        self,
+        ask: DocAsk,
+        branch: Branch,
+        parts: list[int],
+        options: dict[str, list[int]],
+        leads: dict[str, list[int]],
+        read: int,
     ) -> Story:
         texts, words = self._layout.document, self._words
         end = words.data("\n")

@@ -263,7 +263,9 @@ class Engine:
     def submit(self, job: Job, kind: Kind, client: str, deadline: float | None) -> None:
         """Get in line. Raises `Busy("queue_full")` with the expected wait, or `Unavailable` where the engine has stopped."""
         task = job.task
-        if units(len(task.prefix)) + units(task.line) + units(task.widest) > self.memory.tokens // (1 if kind is Kind.ROUTE else 2):
+        need = units(len(task.prefix)) + units(task.line) + units(task.widest)
+        # Documents never get more than half, so that routes always find room.
+        if need > self.memory.tokens // (1 if kind is Kind.ROUTE else 2):
             raise Unavailable("model_unavailable", "the model's memory (model.kv_memory) is too small for this")
         with self._lock:
             if self._stopped is not None:
@@ -341,7 +343,6 @@ class Engine:
 
     # ── the loop ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @torch.inference_mode()
     def serve(self) -> None:
         """Work until `stop`. Whatever a step raises leaves here, with every job still in `_jobs`."""
         while True:
@@ -363,8 +364,9 @@ class Engine:
         if not batch:
             return False
         self.step_began = now
-        logits = self._run(batch)
-        self._settle(batch, logits, self._clock() - now)
+        with torch.inference_mode():
+            logits = self._run(batch)
+            self._settle(batch, logits, self._clock() - now)
         self.step_began = None
         return True
 
@@ -432,9 +434,9 @@ class Engine:
                     failed[job.ticket.number] = job, exc
             if not row.feed:
                 row.end(job.room) if job is not None else row.end(self._space)
-        for number, (job, exc) in failed.items():
+        for number, (loser, error) in failed.items():
             del touched[number]
-            self._fail(job, exc)
+            self._fail(loser, error)
         for job in touched.values():
             if job.prefix.row.done and all(row.done for row in job.rows):
                 self._go_on(job)

@@ -13,12 +13,12 @@ from typing import Final
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  its usual name
 
 from hubpeer.model.load import Weights, rope_frequencies
 
-#: Nodes take whole units of this many tokens, so that attention sees few different lengths: oneDNN compiles a kernel per length.
+#: Nodes take whole units of this many tokens, so that attention sees few different lengths: oneDNN compiles one kernel each.
 UNIT: Final = 16
 #: Rows that feed at most this many tokens are attended to together; longer ones one by one.
 SHORT: Final = 16
@@ -33,6 +33,7 @@ class Node:
     """A stretch of tokens that has been read: `used` tokens from `first` in the buffer, behind `seen` tokens of `parent`."""
 
     __slots__ = ("capacity", "first", "number", "parent", "position", "seen", "used")
+    position: int
     _numbers = itertools.count()
 
     def __init__(self, first: int, capacity: int, parent: Node | None = None, seen: int | None = None) -> None:
@@ -78,7 +79,7 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return int(self.k.nbytes + self.v.nbytes)
 
 
 class _Stretch(msgspec.Struct, frozen=True):
@@ -122,7 +123,9 @@ class Forward:
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         for i, layer in enumerate(self.weights.layers):
             qkv = layer.qkv(_norm(x, layer.norm1, shape.eps))  # [T, (H + 2K) * D]
-            turned = _rope(qkv[:, : query + key].view(len(ids), -1, shape.head_dim), cos, sin).to(memory.k.dtype)  # [T, H + K, D]
+            turned = _rope(qkv[:, : query + key].view(len(ids), -1, shape.head_dim), cos, sin).to(
+                memory.k.dtype
+            )  # [T, H + K, D]
             value = qkv[:, query + key :].view(len(ids), shape.kv_heads, shape.head_dim).to(memory.v.dtype)
             memory.k[i].index_copy_(1, at, turned[:, shape.heads :].transpose(0, 1))
             memory.v[i].index_copy_(1, at, value.transpose(0, 1))

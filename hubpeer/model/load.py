@@ -132,7 +132,8 @@ class Stored(msgspec.Struct, frozen=True):
 
     @property
     def row_bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape[1:])
+        size: int = self.dtype.itemsize
+        return size * math.prod(self.shape[1:])
 
 
 class Tensors:
@@ -424,8 +425,8 @@ def _quantized_cache(cache: Path, tensors: Tensors, shape: Shape) -> Iterator[Ca
     path = cache / f"{identity.hexdigest()[:32]}.int8"
     if path.is_file():
         try:
-            with path.open("rb") as file:
-                yield lambda names: _cached(file, names)
+            with path.open("rb") as kept:
+                yield lambda names: _cached(kept, names)
             return
         except _CacheBroken:
             path.unlink(missing_ok=True)

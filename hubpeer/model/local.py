@@ -60,7 +60,7 @@ class LocalModel:
         self._weights: Weights | None = load_weights(folder, settings.dtype, self._cache)
         self._load_s = time.monotonic() - began
         self._reloads = self._hangs = 0
-        self._closed = False
+        self._closed = threading.Event()
         self._lock = threading.Lock()
         self._engine, self._thread = self._start(self._weights)
         trim()
@@ -140,7 +140,7 @@ class LocalModel:
         for job in engine.stop(gone):
             job.finish(None, gone)
         with self._lock:
-            if self._closed or engine is not self._engine:
+            if self._closed.is_set() or engine is not self._engine:
                 return
             self._reloads += 1
             self._forget()
@@ -151,7 +151,7 @@ class LocalModel:
             log.exception("the model could not be loaded again; it stays away until the hub is started anew")
             return
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 weights.tensors.close()
                 return
             self._weights = weights
@@ -165,7 +165,7 @@ class LocalModel:
         with self._lock:
             engine, weights = self._engine, self._weights
             began = engine.step_began
-            if self._closed or weights is None or began is None or time.monotonic() - began < self._settings.stuck_s:
+            if self._closed.is_set() or weights is None or began is None or time.monotonic() - began < self._settings.stuck_s:
                 return
             log.error("a step of the model has not ended for %.0f s; starting a new engine", time.monotonic() - began)
             gone = Unavailable("model_unavailable", "the model hung and was started again")
@@ -188,9 +188,9 @@ class LocalModel:
 
     async def close(self) -> None:
         with self._lock:
-            if self._closed:
+            if self._closed.is_set():
                 return
-            self._closed = True
+            self._closed.set()
         gone = Unavailable("model_unavailable", "the model is closed")
         for job in self._engine.stop(gone):
             job.finish(None, gone)
@@ -206,7 +206,7 @@ class LocalModel:
         figures = self._engine.figures()
         return {
             "model_name": self.name,
-            "loaded": weights is not None and not self._closed,
+            "loaded": weights is not None and not self._closed.is_set(),
             "dtype": self._settings.dtype,
             "threads": torch.get_num_threads(),
             "load_s": round(self._load_s, 2),

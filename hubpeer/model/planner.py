@@ -7,6 +7,7 @@ level is a choice among the agents that are left, so no plan can name an unknown
 
 from __future__ import annotations
 
+import itertools
 import json
 
 from hubpeer.model import DraftStep, PlanAsk, PlanDraft, card_set
@@ -103,7 +104,7 @@ class Planner:
         branch.add(end)
 
         requests: list[Request] = []
-        waits = [(agent, before) for before, level in zip(levels, levels[1:], strict=False) for agent in level if len(before) > 1]
+        waits = [(agent, before) for before, level in itertools.pairwise(levels) for agent in level if len(before) > 1]
         rules = list(ask.rules) if len(chosen) > 1 else []
         if len(rules) > 1:
             requests.append(Choose(branch, [words.data(f" {rule}") for rule in rules], words.data(texts.rule), end))
@@ -119,7 +120,7 @@ class Planner:
         rule: ConflictRule | None = rules[0] if rules else None
         if len(rules) > 1:
             rule = rules[_chosen(next(answers)).index]
-        needs = {agent: list(before) for before, level in zip(levels, levels[1:], strict=False) for agent in level}
+        needs = {agent: list(before) for before, level in itertools.pairwise(levels) for agent in level}
         for agent, before in waits:
             index = _chosen(next(answers)).index
             needs[agent] = list(before) if index == len(before) else [before[index]]

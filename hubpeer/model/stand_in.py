@@ -84,10 +84,10 @@ def make(folder: Path, config: dict[str, Any] | None = None, seed: int = 0, spre
 
 def make_tokenizer(vocab: int, seed: int) -> Tokenizer:
     """A byte-level BPE of exactly `vocab` entries: trained merges, then filler words, then Llama 3's special tokens."""
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311  not secrecy
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     text = [" ".join(rng.choices(_WORDS, k=12)) + "." for _ in range(400)]
     trainer = trainers.BpeTrainer(
         vocab_size=min(vocab - len(SPECIALS), 1500),

@@ -72,12 +72,16 @@ class Hub:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if str(self.data) in line and "pytest" not in line and path.parent.joinpath("stat").read_text().split()[2] != "Z":
+                if (
+                    str(self.data) in line
+                    and "pytest" not in line
+                    and path.parent.joinpath("stat").read_text().split()[2] != "Z"
+                ):
                     found.append(line)
         return found
 
 
-def wait_until(true: Callable[[], Any], what: str, within_s: float = 30) -> Any:
+def wait_until(true: Callable[[], Any], what: str, within_s: float = 90) -> Any:
     until = time.monotonic() + within_s
     while time.monotonic() < until:
         if found := true():
@@ -93,11 +97,11 @@ class Bare:
         self.nc = nc
         self.js = nc.jetstream()
 
-    async def ask(self, subject: str, body: Any = b"", headers: dict[str, str] | None = None, timeout: float = 20) -> Msg:
+    async def ask(self, subject: str, body: Any = b"", headers: dict[str, str] | None = None, timeout: float = 60) -> Msg:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return await self.nc.request(subject, data, timeout=timeout, headers=headers)
 
-    async def reply(self, subject: str, body: Any = b"", headers: dict[str, str] | None = None, timeout: float = 20) -> Any:
+    async def reply(self, subject: str, body: Any = b"", headers: dict[str, str] | None = None, timeout: float = 60) -> Any:
         return json.loads((await self.ask(subject, body, headers, timeout)).data)
 
     async def code(self, subject: str, body: Any = b"", headers: dict[str, str] | None = None) -> str:
@@ -117,7 +121,7 @@ class Bare:
         assert answer["status"] == "success", answer
         return answer["routing_decision"]
 
-    async def step(self, agent: str, timeout: float = 20) -> Msg:
+    async def step(self, agent: str, timeout: float = 60) -> Msg:
         """The next step of an agent, taken with bare JetStream."""
         sub = await self.js.pull_subscribe_bind(agent, "PLANS")
         [msg] = await sub.fetch(1, timeout=timeout)
@@ -129,7 +133,7 @@ class Bare:
         await self.js.publish(subject, json.dumps({"status": status, **fields}).encode())
         await step.ack()
 
-    async def last(self, stream: str, subject: str, within_s: float = 20) -> Any:
+    async def last(self, stream: str, subject: str, within_s: float = 60) -> Any:
         """The newest message of a subject, as soon as there is one."""
         async with asyncio.timeout(within_s):
             while True:
@@ -138,7 +142,7 @@ class Bare:
                 except nats.js.errors.NotFoundError:
                     await asyncio.sleep(0.02)
 
-    async def outcome(self, decision: Any, within_s: float = 20) -> Any:
+    async def outcome(self, decision: Any, within_s: float = 60) -> Any:
         return await self.last("OUTCOMES", f"hub.outcome.{decision['requesting_agent']}.{decision['plan_id']}", within_s)
 
 

@@ -129,7 +129,10 @@ async def test_large_documents_come_by_reference(client: Bare) -> None:
     assert receipt["sha256"] == hashlib.sha256(body).hexdigest()
     page = await client.reply("hub.docs.text.large", {"document_id": receipt["document_id"], "offset": 15, "limit": 14})
     assert page["text"] == "A long report."
-    assert await client.code("hub.docs.ingest.large", b"", {"Hub-Object": "nothing"}) == "object_not_found"
+    assert (
+        await client.code("hub.docs.ingest.large", b"", {"Hub-Object": "report.txt"}) == "object_not_found"
+    )  # in the store now
+    await bucket.put("report.txt", body)
     assert await client.code("hub.docs.ingest.large", b"body too", {"Hub-Object": "report.txt"}) == "bad_header"
     assert await client.code("hub.docs.ingest.unseen", b"", {"Hub-Object": "report.txt"}) == "object_not_found"
     await client.js.publish("hub.docs.stream.large", b"", headers={"Hub-Object": "report.txt", "Hub-Source-Id": "by-ref"})

@@ -39,7 +39,7 @@ def running(graph: str, rule: str = "consensus_required", asker: str = "hr", *, 
 
 
 def said(record: Record, agent: str, status: str = "done", step: str | None = None, now: float = NOW + 1, **fields) -> Record:
-    step = step or next(s.step_id for s in record.steps if s.agent == agent)
+    step = step if step is not None else next(s.step_id for s in record.steps if s.agent == agent)
     return plan.report(record, step, agent, StepResult(status, **fields), now)
 
 
@@ -151,14 +151,15 @@ def test_a_fallback_says_so_and_why_and_an_answer_of_the_model_does_neither():
 
 
 AGENTS = st.sampled_from([*sorted(KNOWN), "hr", "ghost"])
+TEXTS = st.text(alphabet="ab \n\0\u200b\u202e\ud800é😀", max_size=8)
 DRAFTS = st.builds(
     Draft,
     st.lists(
-        st.builds(DraftStep, AGENTS, st.text(max_size=20), st.lists(AGENTS, max_size=3), st.lists(st.text(max_size=5))),
+        st.builds(DraftStep, AGENTS, TEXTS, st.lists(AGENTS, max_size=3), st.lists(TEXTS, max_size=3)),
         max_size=6,
     ),
     st.sampled_from([None, *QUESTION.rules, "dice"]),
-    st.text(max_size=20),
+    TEXTS,
     st.none() | st.floats(),
     st.lists(st.builds(Alternative, AGENTS, st.floats()), max_size=7),
 )
@@ -391,10 +392,8 @@ def test_the_deciding_step_judges_what_there_is_though_a_step_failed():
     record = said(running("finance, sales", "ceo_decides"), "finance", "failed", error="no access")
     assert due(record) == ["sales"]
     record = said(record, "sales", verdict="approve")
-    assert [(a, r.status) for m in plan.ready(record) for a, r in m.results.items()] == [
-        ("finance", "failed"),
-        ("sales", "done"),
-    ]
+    (message,) = plan.ready(record)
+    assert {agent: found.status for agent, found in message.results.items()} == {"finance": "failed", "sales": "done"}
 
 
 def test_there_is_nothing_to_decide_where_every_step_failed():
@@ -407,7 +406,7 @@ def test_there_is_nothing_to_decide_where_every_step_failed():
 # ── any order of events ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 MOVES = {
-    "waiting": {"waiting", "ready", "skipped", "canceled", "working", "done", "failed"},
+    "waiting": {"waiting", "ready", "skipped", "canceled"},
     "ready": {"ready", "working", "done", "failed", "canceled"},
     "working": {"working", "done", "failed", "canceled"},
     **{state: {state} for state in plan.FINAL_STEPS},
@@ -415,8 +414,8 @@ MOVES = {
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(["progress", "done", "failed", "expire", "cancel"]),
-        st.integers(0, 5),
-        st.sampled_from([0.0, 5.0, 70.0]),
+        st.integers(0, 5),  # which step
+        st.sampled_from([0.0, 5.0, 70.0]),  # how long after the event before
     ),
     max_size=16,
 )
@@ -451,9 +450,8 @@ def test_no_sequence_of_reports_reaches_an_illegal_state(graph, rule, events):
         assert is_legal(record), states(record)
         assert all(new.state in MOVES[old.state] for old, new in zip(before.steps, record.steps, strict=True))
         assert not before.final or record == before
-        assert all(
-            by_hand.state == "ready" for m in plan.ready(record) for by_hand in record.steps if by_hand.step_id == m.step_id
-        )
+        to_publish = [s.step_id for s in record.steps if s.state == "ready"] if record.state == "running" else []
+        assert [message.step_id for message in plan.ready(record)] == to_publish
         assert msgspec.json.decode(msgspec.json.encode(record), type=Record) == record
         assert wire.decode(wire.PlanStatus, wire.encode(plan.status(record))).state == record.state
 
