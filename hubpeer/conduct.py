@@ -164,9 +164,15 @@ class Conductor:
         except Unavailable as exc:
             log.warning("a result waits: %s", exc)  # not acknowledged, so it is delivered again
         except HubError as exc:
-            await self._letters.bury(message, exc)
+            await self._bury(message, exc)
         except Exception:
             log.exception("a result could not be handled; it is delivered again")
+
+    async def _bury(self, message: Message, why: HubError) -> None:
+        try:
+            await self._letters.bury(message, why)
+        except HubError as exc:
+            log.warning("a result that is none waits to be buried: %s", exc)
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

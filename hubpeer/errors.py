@@ -76,6 +76,7 @@ STATUS: Final[dict[str, int]] = {
     "extraction_memory": 422,
     "extraction_crashed": 422,
     "object_not_found": 404,
+    "unreadable_file": 400,  # the command line's own: a file of yours it cannot open
     # no room, or not now
     "queue_full": 429,
     "store_full": 429,

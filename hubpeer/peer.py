@@ -65,10 +65,10 @@ class Peer:
         """Everything a hub needs, in order; a hub inside this context answers requests. Closed in reverse order."""
         data = Path(settings.data)
         async with contextlib.AsyncExitStack() as stack:
-            # The process that reads documents is forked before there is a store to inherit.
+            # The process that reads documents imports its libraries while the rest is opened.
             extractor = Extractor(settings.documents)
-            await extractor.start()
             stack.push_async_callback(extractor.close)
+            extractor_ready = asyncio.create_task(extractor.start(), name="extractor")
 
             stores = Stores(data / "clients", settings.documents)
             stores.open()
@@ -116,6 +116,7 @@ class Peer:
             operations = Operations(
                 core, front, js, service, roster, router, conductor, ingest, stores, extractor, llm, letters, differences
             )
+            await extractor_ready
             await service.start(
                 [*router.endpoints(), *conductor.endpoints(), *roster.endpoints(), *ingest.endpoints(), *operations.endpoints()]
             )

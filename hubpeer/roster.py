@@ -112,10 +112,12 @@ class Roster:
             presence = wire.decode(wire.Presence, request.data)
             _same(presence.agent, name)
             known = self._agents.get(name)
-            if known is None or known.seen is None:
+            if known is None or known.seen is None or (known.left and verb == "heartbeat"):
                 raise HubError("unknown_agent", f"{name} is not registered; send its card to hub.agents.register.{name}")
             if verb == "heartbeat":
-                await self._keep(agents.heartbeat(known, presence.instance, self._clock()))
+                now = self._clock()
+                known = agents.prune(known, self._settings.agents.missed, now)  # so that names of processes do not pile up
+                await self._keep(agents.heartbeat(known, presence.instance, now))
             else:
                 await self._keep(agents.leave(known, presence.instance))
             return Reply(wire.encode(wire.AgentReply(self._info(name))))

@@ -32,6 +32,7 @@ EXPECTED_LAST_SUBJECT: Final = "Nats-Expected-Last-Subject-Sequence"
 NO_STREAM: Final = 10059
 NO_CONSUMER: Final = 10014
 NO_MESSAGE: Final = 10037
+NOT_ENABLED: Final = 10039
 WRONG_LAST_SEQUENCE: Final = 10071
 STREAM_FULL: Final = 10077
 
@@ -258,8 +259,15 @@ class JetStream:
         return b"".join(parts)
 
     async def object_put(self, bucket: str, name: str, data: bytes, chunk: int = 256 * 1024) -> None:
-        """Store an object; the bucket is made where it is missing."""
-        await self.ensure_stream(object_config(bucket))
+        """Store an object; the bucket is made where it is missing.
+
+        Who may not look at streams (nats.conf: a publisher) relies on the operator to have made it.
+        """
+        try:
+            await self.ensure_stream(object_config(bucket))
+        except HubError as exc:
+            if exc.code != "forbidden_subject" and not (isinstance(exc, ApiError) and exc.err_code == NOT_ENABLED):
+                raise
         nuid = hashlib.blake2b(name.encode() + hashlib.sha256(data).digest(), digest_size=11).hexdigest()
         digest = hashlib.sha256()
         chunks = 0

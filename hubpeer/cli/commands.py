@@ -292,6 +292,7 @@ async def add(context: Context, client: str, files: tuple[Path, ...], source_id:
     paths = [p for f in files for p in (sorted(q for q in f.rglob("*") if q.is_file()) if f.is_dir() else [f])]
     if source_id and len(paths) != 1:
         raise SettingsError("--source-id goes with one file")
+    wait = "committed" if no_wait else "categorized"
     results: list[dict[str, Any]] = []
     async with context.client(timeout_s=120) as hub:
         mine = hub.docs(client)
@@ -299,22 +300,19 @@ async def add(context: Context, client: str, files: tuple[Path, ...], source_id:
             for path in progress.track(paths, description="adding"):
                 try:
                     data = await asyncio.to_thread(path.read_bytes)
-                    wait = "committed" if no_wait else "categorized"
                     receipt = await mine.add(data, path.name, source_id=source_id or "", wait=wait)
-                    results.append({"file": str(path), **msgspec.to_builtins(receipt)})
-                    if not context.json:
-                        found = receipt.categorization
-                        what = f"{found.category} ({found.confidence:.2f})" if isinstance(found, wire.Categorization) else ""
-                        same = ", known already" if receipt.duplicate else ""
-                        show.console.print(f"{receipt.document_id} {show.coloured(receipt.state)}{same} {what} {path}")
                 except (HubError, OSError) as exc:
-                    if isinstance(exc, HubError) and exc.code == "bus_unavailable":
+                    refused = exc if isinstance(exc, HubError) else HubError("unreadable_file", str(exc.strerror))
+                    if refused.code == "bus_unavailable":
                         raise
-                    code = exc.code if isinstance(exc, HubError) else "unreadable_file"
-                    message = exc.message if isinstance(exc, HubError) else str(exc.strerror)
-                    results.append({"file": str(path), "status": "error", "error": {"code": code, "message": message}})
+                    error = {"code": refused.code, "message": refused.message}
+                    results.append({"file": str(path), "status": "error", "error": error})
                     if not context.json:
-                        show.console.print(f"[red]refused[/] {code}: {message} {path}", markup=True)
+                        show.refusal(refused, path)
+                    continue
+                results.append({"file": str(path), **msgspec.to_builtins(receipt)})
+                if not context.json:
+                    show.receipt(receipt, path)
     if context.json:
         show.emit(results)
     if any(result["status"] == "error" for result in results):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from hubpeer import wire
+from hubpeer.errors import HubError
 from hubpeer.plan import clean, levels
 
 #: Where output goes to no terminal (a pipe, a log) there is no width to keep to.
@@ -143,6 +145,17 @@ def pairs(rows: dict[str, str]) -> None:
         if value:
             table.add_row(name, value)
     console.print(table)
+
+
+def receipt(one: wire.Receipt, path: Path) -> None:
+    found = one.categorization
+    what = f" {_plain(found.category)} ({found.confidence:.2f})" if found is not UNSET else ""
+    same = ", known already" if one.duplicate else ""
+    console.print(f"{one.document_id} {coloured(one.state)}{same}{what}  {_plain(str(path), 300)}")
+
+
+def refusal(error: HubError, path: Path) -> None:
+    console.print(f"[red]refused[/] {error.code}: {_plain(error.message, 300)}  {_plain(str(path), 300)}")
 
 
 def agents(found: list[wire.AgentInfo]) -> None:

@@ -1,7 +1,8 @@
 """DOCX, and what else comes in a ZIP archive: the archive is checked before anything of it is unpacked.
 
 The text is taken from the XML as it streams by; no tree is built. That finds what python-docx passes over in silence (content
-controls, text boxes, insertions, notes), needs little memory, and stops where the text is long enough.
+controls, text boxes, insertions, notes), needs little memory, and stops where the text is long enough. python-docx reads the
+properties.
 Names: ECMA-376, part 1 (WordprocessingML) and part 2 (packages); "strict" documents have namespaces of their own.
 """
 
@@ -13,6 +14,9 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import IO, Final
 
+from docx.opc.coreprops import CoreProperties
+from docx.oxml.coreprops import CT_CoreProperties
+from docx.oxml.parser import parse_xml
 from lxml import etree
 
 from hubpeer.documents.parts import MAX_HEADINGS, Part
@@ -29,7 +33,6 @@ SLICE: Final = 64 * 1024
 
 _W: Final = ("http://schemas.openxmlformats.org/wordprocessingml/2006/main", "http://purl.oclc.org/ooxml/wordprocessingml/main")
 _FALLBACK: Final = "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"
-_TITLE: Final = "{http://purl.org/dc/elements/1.1/}title"
 #: Ends of the content types of the parts with text beside the main one, in the order they are read.
 _PARTS: Final = ("footnotes+xml", "endnotes+xml", "comments+xml", "header+xml", "footer+xml")
 
@@ -79,7 +82,7 @@ def _document(archive: zipfile.ZipFile, max_chars: int) -> Iterator[Part]:
         yield Part("note", f"attachments:{embedded}")
     for name, kind in types.items():
         if kind.endswith("core-properties+xml") and name in names:
-            yield Part("title", _tree(archive, name).findtext(f".//{_TITLE}") or "")
+            yield Part("title", _title(_content(archive, name)))
 
     left = max_chars
     headings = _heading_styles(archive, types)
@@ -145,13 +148,23 @@ def _heading_styles(archive: zipfile.ZipFile, types: dict[str, str]) -> set[str]
     return set()
 
 
-def _tree(archive: zipfile.ZipFile, name: str) -> etree._Element:
-    """A small part of the package as a tree."""
+def _title(core: bytes) -> str:
+    """The title among the core properties, as python-docx reads them."""
+    properties = parse_xml(core)
+    return str(CoreProperties(properties).title or "") if isinstance(properties, CT_CoreProperties) else ""
+
+
+def _content(archive: zipfile.ZipFile, name: str) -> bytes:
     with archive.open(name) as source:
         content = source.read(MAX_TREE + 1)
     if len(content) > MAX_TREE:
         raise DocumentRejected("doc_too_large", "a part of this document is larger than any word processor writes")
-    root = etree.fromstring(content, etree.XMLParser(resolve_entities=False, no_network=True))
+    return content
+
+
+def _tree(archive: zipfile.ZipFile, name: str) -> etree._Element:
+    """A small part of the package as a tree."""
+    root = etree.fromstring(_content(archive, name), etree.XMLParser(resolve_entities=False, no_network=True))
     if root.getroottree().docinfo.doctype:
         raise _doctype()
     return root

@@ -305,6 +305,10 @@ class Engine:
             self._lock.notify()
         return left
 
+    @property
+    def stopped(self) -> bool:
+        return self._stopped is not None
+
     def release(self) -> None:
         """After `stop`, when nothing runs any more: let go of the large things, while the figures stay."""
         empty = torch.empty(0)

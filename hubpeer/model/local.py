@@ -206,7 +206,7 @@ class LocalModel:
         figures = self._engine.figures()
         return {
             "model_name": self.name,
-            "loaded": weights is not None and not self._closed.is_set(),
+            "loaded": weights is not None and not self._engine.stopped,
             "dtype": self._settings.dtype,
             "threads": torch.get_num_threads(),
             "load_s": round(self._load_s, 2),
