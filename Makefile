@@ -17,11 +17,11 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m hubpeer.wire --check
+	$(BIN)/python -m hubpeer.contract --check
 	$(BIN)/python -m pytest -q tests/unit/test_layers.py
 
 schemas: $(VENV)/.hub
-	$(BIN)/python -m hubpeer.wire
+	$(BIN)/python -m hubpeer.contract
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench

@@ -56,8 +56,8 @@ def prune(known: Agent, missed: int, now: float) -> Agent:
 
 
 def state(agent: Agent, missed: int, now: float) -> AgentState:
-    """`configured` and `live` agents may be asked. An `expired` one may again after its next heartbeat, one that has `left` after
-    it has registered again."""
+    """`configured` and `live` agents may be asked; an `expired` one may again after its next heartbeat, one that has
+    `left` after it has registered again."""
     if agent.seen is None:
         return "configured"
     if agent.left:

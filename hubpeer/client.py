@@ -26,7 +26,7 @@ from hubpeer import wire
 from hubpeer.bus import Msg
 from hubpeer.bus.jetstream import ApiError, JetStream
 from hubpeer.bus.link import Access, Link
-from hubpeer.errors import HubError, Unavailable
+from hubpeer.errors import HubError
 from hubpeer.wire import Outcome, Receipt, RoutingDecision
 
 R = TypeVar("R", bound=Struct)

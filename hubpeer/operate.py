@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from hubpeer import __version__, wire
+from hubpeer import __version__, contract, wire
 from hubpeer.bus.jetstream import Difference, JetStream
 from hubpeer.bus.link import Link
 from hubpeer.bus.service import Endpoint, Reply, Request, Service
@@ -78,7 +78,7 @@ class Operations:
         ]
 
     async def _answer_schema(self, request: Request) -> Reply:
-        return Reply(wire.encode_any(wire.schema(request.tokens[2])))
+        return Reply(wire.encode_any(contract.schema(request.tokens[2])))
 
     async def _answer_health(self, _: Request) -> Reply:
         return Reply(wire.encode(await self.health()))

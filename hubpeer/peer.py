@@ -63,7 +63,7 @@ class Peer:
     @contextlib.asynccontextmanager
     async def open(settings: Settings) -> AsyncIterator[Peer]:
         """Everything a hub needs, in order; a hub inside this context answers requests. Closed in reverse order."""
-        data = Path(settings.data)
+        data = _data_directory(settings)
         async with contextlib.AsyncExitStack() as stack:
             # The process that reads documents imports its libraries while the rest is opened.
             extractor = Extractor(settings.documents)
@@ -123,6 +123,15 @@ class Peer:
             stack.push_async_callback(service.stop, settings.service.drain_s)
             yield Peer(settings, settings.nats.url, conductor, ingest, server)
             log.info("stopping")
+
+
+def _data_directory(settings: Settings) -> Path:
+    path = Path(settings.data)
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as exc:
+        raise SettingsError(f"data directory {path}: {exc.strerror}; choose another with --data DIR") from exc
+    return path
 
 
 def _with_embedded(settings: Settings, server: EmbeddedServer) -> Settings:

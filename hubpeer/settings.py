@@ -118,7 +118,7 @@ class Model(_Section, frozen=True):
     layout: str = "llama3"  # how prompts are written: one that is shipped, or the path of a file like it
     cache: str = ""  # a folder for quantized weights, so that the next start is faster; empty: none is kept
     kv_memory: Bytes = 256 * MiB  # for keys and values of everything that is read
-    stuck_s: Seconds = 30.0  # a step that takes longer counts as hung, and the model is started anew
+    stuck_s: Seconds = 60.0  # a step that takes longer counts as hung, and the model is started anew
 
 
 class Documents(_Section, frozen=True):

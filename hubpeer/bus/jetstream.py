@@ -349,15 +349,15 @@ class Bucket:
 
     async def update(self, key: str, value: bytes, revision: int) -> int | None:
         """The new revision, or None where somebody else was faster."""
+        change = secrets.token_hex(12)
         try:
-            # The message id makes the retry of a lost ack harmless: it is answered as a duplicate, with the revision, where
-            # the expected sequence alone would say that somebody else was faster.
-            change = secrets.token_hex(12)
             return (await self._js.publish(self.prefix + key, value, msg_id=change, expect_last=revision)).seq
         except ApiError as exc:
-            if exc.err_code == WRONG_LAST_SEQUENCE:
-                return None
-            raise
+            if exc.err_code != WRONG_LAST_SEQUENCE:
+                raise
+        # Or it was ourselves: the ack was lost, the retry came too late (the server looks at the sequence before the id).
+        found = await self._js.last(f"KV_{self.name}", self.prefix + key)
+        return found[1] if found is not None and found[2].get(MSG_ID) == change else None
 
     async def put(self, key: str, value: bytes) -> int:
         return (await self._js.publish(self.prefix + key, value)).seq

@@ -9,6 +9,8 @@ What nats-py leaves to its user, and this class does:
    keeps nats-py from saying so.
 3. A refused publish shows only in the error callback, while the caller waits for its timeout. `request` fails at once.
 4. Callbacks are awaited inside the read loop; one that raises ends it. Ours only log and set futures.
+5. A PING is written past commands that are still pending, so that `flush` and `drain` may return before the server has seen
+   the subscription made, or ended, just before. Ours waits its turn.
 """
 
 from __future__ import annotations
@@ -115,6 +117,13 @@ class Access(Struct, frozen=True):
         return options
 
 
+class _Client(Client):  # type: ignore[misc]  # nats-py is not typed
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        self._pongs.append(future if future is not None else asyncio.get_running_loop().create_future())
+        await self._send_command(b"PING\r\n")
+        await self._flush_pending()
+
+
 class _Held(Struct):
     """A subscription we owe, whatever connection carries it."""
 
@@ -171,7 +180,7 @@ class Link:
         # Neither may take for ever, which they do by themselves where reconnecting is unlimited and nobody listens.
         options = self._access.options()
         once = {**options, "allow_reconnect": False, "max_reconnect_attempts": 1}
-        probe, client = Client(), Client()
+        probe, client = _Client(), _Client()
         try:
             await probe.connect(**once, error_cb=self._on_error)
             await probe.close()
@@ -232,7 +241,9 @@ class Link:
         self.last_error = str(exc)
         found = _violation.search(str(exc))
         if found is None:
-            log.warning("%s: %s", self._access.name, exc or type(exc).__name__)
+            # While we open, every attempt ends up here; `open` itself says in the end what came of them.
+            level = logging.WARNING if self._client is not None else logging.DEBUG
+            log.log(level, "%s: %s", self._access.name, exc or type(exc).__name__)
             return
         subject = found.group(2)
         log.warning("%s: the server refuses %s on %s", self._access.name, found.group(1), subject)

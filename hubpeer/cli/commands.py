@@ -417,3 +417,6 @@ async def doctor(context: Context) -> None:
             show.console.print(f"{mark} {check.name}: {check.text}", markup=True)
     if any(check.state == "fail" for check in found):
         raise SystemExit(REFUSED)
+
+
+from hubpeer.cli import evaluation as evaluation  # noqa: E402  (registers `hubpeer eval`)

@@ -88,12 +88,15 @@ async def open_model(settings: config.Model) -> Model | None:
 
         return ScriptedModel.read(Path(settings.name.removeprefix("scripted:")))
     try:
+        from hubpeer.model.folder import find
+
+        folder = await asyncio.to_thread(find, settings.name)
         from hubpeer.model.local import LocalModel
     except ModuleNotFoundError as exc:
         raise SettingsError(
             f"model.name = {settings.name!r} needs the package {exc.name}: pip install 'hubpeer[hub,llm]'"
         ) from exc
-    return await asyncio.to_thread(LocalModel.open, settings)
+    return await asyncio.to_thread(LocalModel, settings, folder)
 
 
 def describe(card: Card) -> str:

@@ -351,7 +351,7 @@ class Engine:
         """Work until `stop`. Whatever a step raises leaves here, with every job still in `_jobs`."""
         while True:
             with self._lock:
-                while self._stopped is None and not self._jobs and not self._ahead:
+                while self._stopped is None and not self._jobs and not self._ahead and self._unfinished() is None:
                     self._lock.wait()
                 if self._stopped is not None:
                     return
@@ -436,8 +436,11 @@ class Engine:
                 except Exception as exc:  # one job's trouble is not the others'
                     assert job is not None
                     failed[job.ticket.number] = job, exc
-            if not row.feed:
-                row.end(job.room) if job is not None else row.end(self._space)
+            if not row.feed and job is not None:
+                row.end(job.room)
+            elif not row.feed:
+                row.end(self._space)
+                self.counts.prefix_ahead += 1
         for number, (loser, error) in failed.items():
             del touched[number]
             self._fail(loser, error)
@@ -526,7 +529,7 @@ class Engine:
 
     def _read_ahead(self, batch: list[tuple[_Row, Job | None, Feed]]) -> None:
         """Idle: one chunk of a prefix that will probably be wanted."""
-        unfinished = next((p for p in self._prefixes.values() if not p.row.done), None)
+        unfinished = self._unfinished()
         while unfinished is None:
             with self._lock:
                 if not self._ahead:
@@ -540,8 +543,10 @@ class Engine:
             if first is None:
                 continue
             unfinished = self._prefixes[tokens] = _Prefix(tokens, Node(first, units(len(tokens))))
-            self.counts.prefix_ahead += 1
         self._feed(batch, unfinished.row, None, CHUNK)
+
+    def _unfinished(self) -> _Prefix | None:
+        return next((p for p in self._prefixes.values() if not p.row.done), None)
 
     def _go_on(self, job: Job, first: bool = False) -> None:
         """Hand the story its answers until it asks for something that needs a step."""

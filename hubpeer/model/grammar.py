@@ -56,7 +56,10 @@ class Line:
 
     def __init__(self, words: Words, grammar: str) -> None:
         self._words = words
-        self._matcher = llguidance.LLMatcher(words.grammar, grammar, log_level=0)
+        # Compiled once per grammar; a copy starts where the original stands, at the beginning.
+        if grammar not in words.compiled:
+            words.compiled[grammar] = llguidance.LLMatcher(words.grammar, grammar, log_level=0)
+        self._matcher = words.compiled[grammar].deep_copy()
         self._check()
         self._vocabulary = words.grammar.vocab_size
 

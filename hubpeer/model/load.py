@@ -30,8 +30,9 @@ log = logging.getLogger("hubpeer.model")
 Kind = Literal["int8", "bf16", "fp32"]
 DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
 NAMES: Final = {v: k for k, v in DTYPES.items()}
-#: Rows of a matrix handled at once while loading: 16 MiB of the 1B shape in fp32.
-BLOCK: Final = 2048
+#: Numbers of a matrix handled at once while loading: 2 MiB in fp32, so that the passes of quantization stay in the cache and
+#: the allocator hands the same pages out again.
+BLOCK: Final = 1 << 19
 
 
 # ── the shape ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -382,8 +383,10 @@ def _expect(tensors: Tensors, name: str, shape: tuple[int, ...]) -> None:
 
 def _blocks(tensors: Tensors, names: Sequence[str]) -> Iterator[Tensor]:
     for name in names:
-        for start in range(0, tensors[name].shape[0], BLOCK):
-            yield tensors.rows(name, start, start + BLOCK)
+        rows, columns = tensors[name].shape
+        step = max(1, BLOCK // columns)
+        for start in range(0, rows, step):
+            yield tensors.rows(name, start, start + step)
 
 
 def _dense(tensors: Tensors, names: Sequence[str], dtype: torch.dtype) -> Tensor:

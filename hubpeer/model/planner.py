@@ -74,7 +74,9 @@ class Planner:
         longest = max(map(len, names.values()))
         step = longest + len(words.data(texts.together)) + len(words.data(texts.then))
         line = len(parts) + min(ask.max_agents, len(names)) * step + 8
-        lead = 24 + 2 * longest
+        widest_name = max(names, key=lambda agent: len(names[agent]))
+        leads = [texts.task, texts.data, texts.needs, texts.why, texts.rule]
+        lead = 8 + max(len(words.data(filled(text, agent=widest_name))) for text in leads)
         widest = 16 + step + lead + max(texts.task_tokens, texts.data_tokens, texts.why_tokens)
         return Task(
             prefix=prefix,

@@ -42,6 +42,7 @@ class Words:
         self.stops = frozenset(shape.stops)
         if not self.stops:
             raise SettingsError(f"{folder}: neither config.json nor generation_config.json names an eos_token_id")
+        self.compiled: dict[str, Any] = {}  # grammar -> its matcher, kept by `grammar.Line`
         self.grammar = llguidance.LLTokenizer(raw, n_vocab=shape.vocab, eos_token=sorted(self.stops))
 
     def data(self, text: str) -> list[int]:

@@ -1,7 +1,7 @@
 """What a store holds, and how one record is written and read. No environment, no transaction.
 
 Every value on disk is a *sealed* record: 16 bytes of blake2b over table, key and payload, then the payload. LMDB 0.9 has no
-checksums and serves flipped bits as data (189 of 300 random flips, notes/reliability.md 0.3), so nothing is believed unsealed.
+checksums and serves flipped bits as data (189 of 300 random flips when tried), so nothing is believed unsealed.
 """
 
 from __future__ import annotations

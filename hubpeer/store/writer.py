@@ -1,7 +1,7 @@
 """Group commit: changes that arrive while the disk is busy go into the next transaction together.
 
 One commit costs one or two fsyncs whatever it holds, so with 64 callers this is about 30 times the commits of one change each
-(notes/documents.md 1). A change is acknowledged after the commit that holds it, never before.
+when tried. A change is acknowledged after the commit that holds it, never before.
 """
 
 from __future__ import annotations

@@ -48,18 +48,18 @@ class Hub:
         """SIGKILL, and wait until the NATS server it started is gone too."""
         assert self.process is not None
         self.process.kill()
-        self._ended()
+        self.ended()
         wait_until(lambda: not self.family(), "the killed hub's children are gone")
 
     def stop(self) -> int:
         if self.process is None or self.process.poll() is not None:
             return self.process.returncode if self.process else 0
         self.process.send_signal(signal.SIGTERM)
-        code = self._ended()
+        code = self.ended()
         assert not self.family(), "a stopped hub leaves nothing running"
         return code
 
-    def _ended(self) -> int:
+    def ended(self) -> int:
         assert self.process is not None
         code = self.process.wait(timeout=60)
         assert self.process.stdout is not None
@@ -67,16 +67,14 @@ class Hub:
         return code
 
     def family(self) -> list[str]:
-        """Command lines of the processes that belong to this hub's data directory."""
+        """Command lines of the processes that belong to this hub: itself, its server, the process that reads documents."""
+        zygote = f"hubpeer.documents.zygote {self.process.pid if self.process else None} "
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if (
-                    str(self.data) in line
-                    and "pytest" not in line
-                    and path.parent.joinpath("stat").read_text().split()[2] != "Z"
-                ):
+                zombie = path.with_name("stat").read_text().rpartition(")")[2].split()[0] == "Z"
+                if (str(self.data) in line or zygote in line) and not zombie:
                     found.append(line)
         return found
 

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from click.testing import CliRunner
 
+from hubpeer.cli.commands import cli
 from tests import makers
 from tests.flow.running import Hub, wait_until
 
 
-def run(*arguments: str, hub: Hub | None = None, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HUBPEER_")}
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str, hub: Hub | None = None, cwd: Path | None = None, **environ: str) -> Done:
+    """The command in this process, which is a second faster than in one of its own."""
     if hub is not None:
-        clean["HUBPEER_NATS__URL"] = hub.url
-    command = [sys.executable, "-m", "hubpeer", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=cwd, env=clean | environ)
+        environ["HUBPEER_NATS__URL"] = hub.url
+    with contextlib.chdir(cwd or Path.cwd()):
+        result = CliRunner().invoke(cli, arguments, env=environ, prog_name="hubpeer")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return Done(result.exit_code, result.stdout, result.stderr)
 
 
 def ok(*arguments: str, hub: Hub | None = None) -> str:
     done = run(*arguments, hub=hub)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
     return done.stdout
+
+
+def test_it_is_installed_as_a_command() -> None:
+    command = [Path(sys.executable).with_name("hubpeer"), "--version"]
+    assert "hubpeer, version" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def read(*arguments: str, hub: Hub | None = None) -> Any:
@@ -37,8 +51,8 @@ def read(*arguments: str, hub: Hub | None = None) -> Any:
 
 COMMANDS = [
     [], ["up"], ["serve"], ["demo"], ["route"], ["plans"], ["plans", "list"], ["plans", "show"], ["plans", "approve"],
-    ["plans", "cancel"], ["agents"], ["docs"], ["docs", "add"], ["docs", "ls"], ["docs", "show"], ["docs", "text"], ["docs", "rm"],
-    ["docs", "stats"], ["status"], ["doctor"],
+    ["plans", "cancel"], ["agents"], ["docs"], ["docs", "add"], ["docs", "ls"], ["docs", "show"], ["docs", "text"],
+    ["docs", "rm"], ["docs", "stats"], ["status"], ["doctor"],
 ]  # fmt: skip
 
 
@@ -52,8 +66,6 @@ def test_every_command_explains_itself(command: list[str]) -> None:
 
 
 def test_help_knows_every_command_there_is() -> None:
-    from hubpeer.cli.commands import cli
-
     names = {" ".join(c) for c in COMMANDS if c}
     for name, command in cli.commands.items():
         assert name in names
@@ -154,10 +166,7 @@ def test_signals_stop_all_it_started(data: Path, number: signal.Signals) -> None
     assert hub.family()
     assert hub.process is not None
     hub.process.send_signal(number)
-    assert hub.process.wait(timeout=60) == 0
-    hub.stop()
-    assert hub.process.stdout is not None
-    hub.process.stdout.close()
+    assert hub.ended() == 0
     wait_until(lambda: not hub.family(), "nothing is left running")
     assert "Traceback" not in hub.log.read_text()
 
@@ -171,6 +180,7 @@ def test_a_signal_while_it_starts_stops_it_too(data: Path) -> None:
     assert process.returncode == 0, err
     assert "Traceback" not in err
     hub = Hub(data)
+    hub.process = process
     wait_until(lambda: not hub.family(), "nothing is left running")
 
 

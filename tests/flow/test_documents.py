@@ -17,7 +17,7 @@ from tests.flow.running import Bare
 CORPUS = Path(__file__).parents[3] / "shared" / "corpus"
 
 KINDS = {
-    "contract.pdf": (lambda: makers.pdf(["This agreement between supplier and customer. Termination, liability."]), "application/pdf"),
+    "contract.pdf": (lambda: makers.pdf(["This agreement of supplier and customer. Liability."]), "application/pdf"),
     "report.docx": (
         lambda: makers.docx(["Revenue and gross margin rose in the quarter."]),
         "application/vnd.openxmlformats-officedocument.wordprocessingml.document",

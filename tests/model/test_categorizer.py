@@ -19,7 +19,7 @@ MARK = "\n[... {characters} characters left out ...]\n"
 
 @pytest.fixture(scope="module")
 def categorizer(words, layout) -> Categorizer:
-    return Categorizer(words, layout, 2048)
+    return Categorizer(words, layout, 4096)
 
 
 def record_of(engine, categorizer: Categorizer, ask: DocAsk) -> Categorization:
@@ -54,14 +54,14 @@ def test_a_long_document_says_how_much_was_read(make_engine, categorizer: Catego
     text = "\n".join(f"Line {i} of the report." for i in range(20_000))
     record = record_of(engine, categorizer, an_ask(text))
     assert record.total_chars == len(text)
-    assert 500 < record.read_chars < 10_000
+    assert 2000 < record.read_chars < 20_000
     assert is_clean(engine)
 
 
 def test_no_document_asks_for_more_than_its_share(categorizer: Categorizer) -> None:
     for text in ("", "a", "漢" * 50_000, "x" * 300_000, "\n" * 9000, "🙂" * 3000):
         task = categorizer.task(an_ask(text, headings=["h" * 80] * 64))
-        assert len(task.prefix) + task.line + task.beside <= 2048 + 64
+        assert len(task.prefix) + task.line + task.beside <= 4096 + 64
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -373,7 +374,7 @@ def test_space_is_neither_lost_nor_given_twice(seed: int) -> None:
             if first is not None:
                 taken.append((first, size))
         spans = sorted((first, first + -(-size // 16) * 16) for first, size in taken)
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
         assert space.free == 1024 - sum(end - start for start, end in spans)
     for place in taken:
         space.give(*place)

@@ -35,8 +35,8 @@ async def test_every_file_ends_in_one_way() -> None:
         slowest = max(slowest, (time.monotonic() - began, path.name))
     await extractor.close()
     for (suffix, end), count in sorted(ends.items()):
-        print(f"{suffix:6} {end:16} {count:4}")  # noqa: T201 the table is what one looks at
-    print(f"slowest {slowest[0]:.2f} s {slowest[1]}")  # noqa: T201
+        print(f"{suffix:6} {end:16} {count:4}")
+    print(f"slowest {slowest[0]:.2f} s {slowest[1]}")
     assert slowest[0] < 15
     assert ends.total() == len(FILES)
     # What the corpus of 22 November 2026 gave; it may only rise.

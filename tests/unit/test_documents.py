@@ -496,7 +496,7 @@ async def test_an_interrupt_is_not_for_the_zygote(own: Extractor) -> None:
 async def test_random_damage(own: Extractor) -> None:
     """Real documents with random bytes broken: text or one code, never a hang, never a dead zygote."""
     seed = random.randrange(1 << 32)
-    print(f"seed {seed}")  # noqa: T201 to repeat it
+    print(f"seed {seed}")
     dice = random.Random(seed)
     originals = [makers.pdf(["one", "two"]), makers.docx(["one"]), makers.eml("one", "two"), makers.encrypted_pdf("one", "")]
     for _ in range(60):

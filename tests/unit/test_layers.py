@@ -17,25 +17,25 @@ PACKAGE = Path(hubpeer.__file__).parent
 LAYERS = {
     "__init__": 0, "errors": 0,
     "wire": 1, "jobs": 1,
-    "settings": 2, "agents": 2, "plan": 2,
+    "settings": 2, "agents": 2, "plan": 2, "contract": 2,
     "taxonomy": 3, "keywords": 3,
     "bus": 4, "model": 4, "documents": 4, "store": 4,
-    "roster": 5, "deadletter": 5, "client": 5,
+    "encoder": 5, "roster": 5, "deadletter": 5, "client": 5,
     "conduct": 6, "ingest": 6, "spoke": 6,
-    "route": 7,
+    "route": 7, "evaluate": 7,
     "operate": 8,
     "peer": 9,
     "cli": 10,
     "__main__": 11,
 }  # fmt: skip
 
-#: Foreign library -> the one module that may import it. Any other is imported nowhere.
+#: Foreign library -> the one module that may import it; two for what both kinds of model stand on. Any other is imported nowhere.
 OWNERS = {
     "nats": "bus",
     "lmdb": "store", "sqlite3": "store",
     "pypdf": "documents", "pypdfium2": "documents", "docx": "documents", "lxml": "documents",
-    "torch": "model", "transformers": "model", "tokenizers": "model", "llguidance": "model", "safetensors": "model",
-    "huggingface_hub": "model", "numpy": "model",
+    "torch": "model", "transformers": "model", "llguidance": "model", "safetensors": "model", "huggingface_hub": "model",
+    "tokenizers": "model encoder", "numpy": "model encoder",
     "click": "cli", "rich": "cli",
 }  # fmt: skip
 EVERYWHERE = {"msgspec"}
@@ -79,7 +79,7 @@ def test_imports_point_down():
 
 def test_each_foreign_library_has_one_owner():
     assert ("bus.link", "nats") in FOREIGN
-    assert sorted({(i, n) for i, n in FOREIGN if n not in EVERYWHERE and OWNERS.get(n) != i.split(".")[0]}) == []
+    assert sorted({(i, n) for i, n in FOREIGN if n not in EVERYWHERE and i.split(".")[0] not in OWNERS.get(n, "").split()}) == []
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ async def test_no_acknowledged_document_dies_with_the_process(tmp_path):
                     break
             assert total == len(hashes) == (await stores.stats(client)).documents
             doubled += len(hashes) - len(set(hashes))
-    print(f"seed {SEED}: {killed} kills, {len(acknowledged)} acknowledged, {lost} lost, {doubled} doubled")  # noqa: T201 (the figure)
+    print(f"seed {SEED}: {killed} kills, {len(acknowledged)} acknowledged, {lost} lost, {doubled} doubled")
     assert killed > KILLS // 2 and len(acknowledged) > 3 * KILLS
     assert (lost, doubled) == (0, 0)
 
@@ -199,7 +199,7 @@ async def test_flipped_bits_are_reported_or_harmless():
         process = child(FLIPPING, root, SEED, FLIPS, stdin=subprocess.PIPE)
         output, _ = process.communicate(json.dumps({key: data.hex() for key, data in expected.items()}))
     counts = json.loads(output)
-    print(f"seed {SEED}: {FLIPS} flips: {counts}")  # noqa: T201 (the figure)
+    print(f"seed {SEED}: {FLIPS} flips: {counts}")
     assert sum(counts.values()) == FLIPS
     assert set(counts) <= {"harmless", "reported"} and counts["reported"] > FLIPS // 4
 

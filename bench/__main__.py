@@ -1,0 +1,136 @@
+"""`python -m bench [PART ...]`: runs the benchmarks and keeps their table in docs/benchmarks.md.
+
+Each part runs in a process of its own, so that its memory is its own. The model is the exact Llama-3.2-1B shape with random
+weights, made on demand in $HUBPEER_BENCH_DIR (default ~/.cache/hubpeer/bench; 2.5 GB, and 1.2 GB of quantized weights);
+HUBPEER_BENCH_MODEL=FOLDER measures another one, real weights for example. On a machine that others use too, look at the ratios.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH_DIR = Path(os.environ.get("HUBPEER_BENCH_DIR", Path.home() / ".cache/hubpeer/bench"))
+MODEL = Path(os.environ.get("HUBPEER_BENCH_MODEL", BENCH_DIR / "1b"))
+PARTS = ["ceilings", "ours", "generate_bf16", "generate_fp32", "llama_cpp"]
+PAGE = ROOT / "docs" / "benchmarks.md"
+START, END = "<!-- model: written by python -m bench -->", "<!-- /model -->"
+
+
+def prepare() -> None:
+    if (MODEL / "model.safetensors").is_file() or (MODEL / "model.safetensors.index.json").is_file():
+        return
+    from hubpeer.model import stand_in
+
+    print(f"making a random model of the 1B shape in {MODEL} (once, 2.5 GB) ...", flush=True)
+    stand_in.make(MODEL, stand_in.ONE_B)
+
+
+def run(part: str) -> dict[str, float | str]:
+    print(f"{part} ...", flush=True)
+    began = time.monotonic()
+    command = [sys.executable, "-m", "bench.model", part, str(MODEL), str(BENCH_DIR / "cache")]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        return {"failed": f"exit {done.returncode} after {time.monotonic() - began:.0f} s"}
+    figures: dict[str, float | str] = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(figures, indent=1), flush=True)
+    return figures
+
+
+def machine() -> str:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
+    )
+    flags = Path("/proc/cpuinfo").read_text()
+    has = [name for name in ("avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if name in flags]
+    import torch
+
+    return f"{os.cpu_count()} cores, {cpu} ({', '.join(has)}), torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def seconds(value: object) -> str:
+    return f"{value:.2f} s" if isinstance(value, float) else str(value if value is not None else "not measured")
+
+
+def times(a: object, b: object) -> str:
+    return f"{a / b:.1f}x" if isinstance(a, float) and isinstance(b, float) and b else "-"
+
+
+def table(all_figures: dict[str, dict[str, float | str]]) -> str:
+    ours, ceilings = all_figures.get("ours", {}), all_figures.get("ceilings", {})
+    names = {
+        "ours": "hubpeer int8",
+        "generate_bf16": "generate bf16",
+        "generate_fp32": "generate fp32",
+        "llama_cpp": "llama.cpp",
+    }
+    others = [name for name in names if name in all_figures]
+    lines = [
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {machine()}.",
+        "",
+        f"Ceilings in the same run: {json.dumps(ceilings)}",
+        "",
+        "| | " + " | ".join(names[name] for name in others) + " |",
+        "|---" * (len(others) + 1) + "|",
+    ]
+    for key, label in (
+        ("route_s", "one route, prefix cached, plan of two agents (generate: 400 new tokens)"),
+        ("route_cold_s", "one route, nothing cached"),
+        ("document_s", "one 2,000-token document (generate: 100 new tokens)"),
+        ("load_s", "load, quantizing"),
+        ("load_cached_s", "load, quantized cache"),
+    ):
+        lines.append(f"| {label} | " + " | ".join(seconds(all_figures[name].get(key)) for name in others) + " |")
+    for key, label in (
+        ("prefill_tokens_per_s", "prefill, tokens/s"),
+        ("decode_tokens_per_s", "decode one row, tokens/s"),
+        ("resident_mib", "resident, MiB"),
+        ("peak_mib", "peak, MiB"),
+    ):
+        lines.append(f"| {label} | " + " | ".join(str(all_figures[name].get(key, "-")) for name in others) + " |")
+    lines += ["", "| ratio | reached | aimed at |", "|---|---|---|"]
+    for label, key, other, aim in (
+        ("route against generate fp32", "route_s", "generate_fp32", ">= 60x"),
+        ("route against generate bf16", "route_s", "generate_bf16", ">= 30x"),
+        ("document against generate fp32", "document_s", "generate_fp32", ">= 15x"),
+        ("document against generate bf16", "document_s", "generate_bf16", ">= 6x"),
+        ("route against llama.cpp Q8_0", "route_s", "llama_cpp", ">= 2x"),
+    ):
+        lines.append(f"| {label} | {times(all_figures.get(other, {}).get(key), ours.get(key))} | {aim} |")
+    lines += ["", "Everything measured:", "", "```json", json.dumps(all_figures, indent=1), "```"]
+    return "\n".join(lines)
+
+
+def keep(text: str) -> None:
+    page = PAGE.read_text("utf-8") if PAGE.is_file() else f"# Benchmarks\n\n{START}\n{END}\n"
+    if START not in page:
+        page += f"\n{START}\n{END}\n"
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{START}\n{text}\n{END}{after}", "utf-8")
+
+
+def main() -> None:
+    prepare()
+    parts = sys.argv[1:] or PARTS
+    store = BENCH_DIR / "figures.json"
+    figures = json.loads(store.read_text()) if sys.argv[1:] and store.is_file() else {}
+    for part in parts:
+        figures[part] = run(part)
+        store.write_text(json.dumps(figures))
+    text = table(figures)
+    print(text)
+    keep(text)
+    print(f"kept in {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The built-in text encoder: routes and categorizes with nothing to download, in milliseconds, with numpy and tokenizers.
+
+    PlanAsk -> BuiltIn.plan       -> Draft (checked by `hubpeer.plan`) or Declined
+    DocAsk  -> BuiltIn.categorize -> wire.Categorization
+
+`network` turns texts into vectors and tags, `decide` turns those into a draft, `reading` into a category. MODEL_CARD.md beside
+this file says how the weights came about and how good they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from tokenizers import Tokenizer
+
+from hubpeer.encoder import reading
+from hubpeer.encoder.decide import Calibration, Clause, Declined, Likeness, clauses, decide, evidence, requests
+from hubpeer.encoder.network import Floats, Network, Shape, card_text, read_weights
+from hubpeer.encoder.reading import Examples
+from hubpeer.model import DocAsk, PlanAsk
+from hubpeer.plan import Draft
+from hubpeer.wire import Card, Categorization, Sensitivity
+
+__all__ = ["BuiltIn", "Declined"]
+
+HERE: Final = Path(__file__).parent
+#: Cards and definitions whose vectors are kept.
+_KEPT: Final = 4096
+
+
+class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`encoder.json`: what belongs to the weights."""
+
+    shape: Shape
+    fitted: Calibration
+    examples: list[tuple[str, Sensitivity]] = []  #: category and sensitivity of each row of the tensor "examples"
+
+
+class BuiltIn:
+    """The encoder with its weights. Synchronous; threads may share one."""
+
+    name: Final = "builtin"
+
+    def __init__(self, network: Network, fitted: Calibration, examples: Examples | None = None, revision: str = "") -> None:
+        self.network = network
+        self.fitted = fitted
+        self.examples = examples or Examples(np.zeros((0, network.shape.width), np.float32), [])
+        self.revision = revision
+        self._vectors: OrderedDict[str, Floats] = OrderedDict()
+        self._lock = threading.Lock()
+        self._answered = self._declined = self._categorized = 0
+
+    @classmethod
+    def open(cls, folder: Path = HERE) -> BuiltIn:
+        """Load a folder with `model.safetensors`, `tokenizer.json` and `encoder.json`; by default the one we ship."""
+        about = msgspec.json.decode((folder / "encoder.json").read_bytes(), type=About)
+        weights = read_weights(folder / "model.safetensors")
+        network = Network(about.shape, weights, Tokenizer.from_file(str(folder / "tokenizer.json")))
+        digest = hashlib.blake2b((folder / "model.safetensors").read_bytes(), digest_size=6)
+        examples = Examples(weights["examples"].astype(np.float32), about.examples) if about.examples else None
+        return cls(network, about.fitted, examples, digest.hexdigest())
+
+    # ── questions ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def plan(self, ask: PlanAsk) -> Draft | Declined:
+        """Who does what, in which order, who decides; or that nobody fits."""
+        if not ask.cards or not ask.query.strip():
+            return Declined("empty", 0.0, [])
+        said = clauses(ask.query, self.network.read(ask.query), self.fitted.boundary)
+        asked = requests(ask.query, said)
+        draft = decide(
+            asked, said, self.evidence(asked, ask.query, ask.cards), list(ask.cards), ask.rules, ask.max_agents, self.fitted
+        )
+        if isinstance(draft, Declined):
+            self._declined += 1
+        else:
+            self._answered += 1
+        return draft
+
+    def evidence(self, asked: list[Clause], query: str, cards: dict[str, Card]) -> list[list[float]]:
+        """Per clause, what speaks for each card."""
+        return [evidence(like, self.fitted) for like in self.likeness(asked, query, cards)]
+
+    def likeness(self, asked: list[Clause], query: str, cards: dict[str, Card]) -> list[Likeness]:
+        """Per clause, how like the cards it and the whole question are."""
+        same = len(asked) == 1 and asked[0].text == query.strip()
+        vectors = self.network.encode([clause.text for clause in asked] + ([] if same else [query]))
+        wholes = np.stack([self._known([card_text(card)])[0] for card in cards.values()])
+        terms = [self._known([word.replace("_", " ") for word in [*c.capabilities, *c.specialties]]) for c in cards.values()]
+        question = (wholes @ vectors[-1]).tolist()
+        return [
+            Likeness((wholes @ vector).tolist(), [float((term @ vector).max()) for term in terms], question)
+            for vector in vectors[: len(asked)]
+        ]
+
+    def _known(self, texts: list[str]) -> Floats:
+        """Vectors of texts that come again and again, each encoded once."""
+        with self._lock:
+            new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+            if new:
+                self._vectors.update(zip(new, self.network.encode(new), strict=True))
+            found = np.stack([self._vectors[text] for text in texts])
+            for text in texts:
+                self._vectors.move_to_end(text)
+            while len(self._vectors) > _KEPT:
+                self._vectors.popitem(last=False)
+        return found
+
+    # ── documents ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def categorize(self, ask: DocAsk) -> Categorization:
+        """What a document is about, from its parts."""
+        self._categorized += 1
+        return reading.categorize(ask, self.network.encode, self._known, self.examples, self.fitted)
+
+    def status(self) -> dict[str, Any]:
+        """Figures for `hub.status`."""
+        return {
+            "model_name": self.name,
+            "loaded": True,
+            "revision": self.revision,
+            "questions": {"answered": self._answered, "declined": self._declined},
+            "documents": self._categorized,
+            "cached_texts": len(self._vectors),
+        }

@@ -1,0 +1,147 @@
+"""`python -m training --teacher FOLDER`: from hand-written data to the files in `hubpeer/encoder/`. See training/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from hubpeer import taxonomy
+from hubpeer.encoder.decide import Calibration
+from hubpeer.encoder.network import Shape, card_text, write_weights
+from training.calibrate import calibrate
+from training.data import Function, documents, functions, halves, joins, split
+from training.student import Student, Texts, train
+from training.teacher import Teacher, clause_to_card
+
+log = logging.getLogger("training")
+
+
+def texts_to_distil(among: list[Function], seed: int) -> list[str]:
+    """What the student imitates the teacher on: phrasings, decoys, cards and their single words, templates' talk."""
+    rng = random.Random(seed)
+    found: dict[str, None] = {}
+    for function in among:
+        found |= dict.fromkeys(
+            [*function.phrasings, *function.decoys, card_text(function.card(rng)), card_text(function.card(rng))]
+        )
+        found |= dict.fromkeys(word.replace("_", " ") for word in [*function.capabilities, *function.specialties])
+        if function.description:
+            found[function.description] = None
+    found |= dict.fromkeys(halves(joins()["small_talk"], held=False))
+    found |= dict.fromkeys(f"{name.replace('_', ' ')}: {c.definition}" for name, c in taxonomy.DEFAULT.items())
+    found |= dict.fromkeys(document.text for document in documents())
+    return list(found)
+
+
+def cached(path: Path, teacher: Teacher, texts: list[str], batch: int, chunk: int = 4096) -> np.ndarray:
+    """The teacher's vectors of some texts; what an interrupted run already has is kept."""
+    done = np.load(path) if path.exists() else np.empty((0, 384), np.float16)
+    while len(done) < len(texts):
+        more = teacher.encode(texts[len(done) : len(done) + chunk], batch=batch).astype(np.float16)
+        done = np.concatenate([done, more])
+        np.save(path, done)
+        log.info("%s: %d of %d", path.name, len(done), len(texts))
+    return done.astype(np.float32)
+
+
+def word_list(tokenizer: Tokenizer) -> tuple[list[int], list[str]]:
+    """The entries of the vocabulary worth asking the teacher about: whole words in plain letters or digits. Word ends say
+    nothing alone; what they do is left to the trunk."""
+    pairs = sorted((n, word) for word, n in tokenizer.get_vocab().items())
+    kept = [(n, word) for n, word in pairs if n >= 1000 and word.isascii() and not word.startswith("##")]
+    return [n for n, _ in kept], [word for _, word in kept]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--work", type=Path, default=Path("build/training"), help="caches, checkpoints, log")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--tune-seconds", type=float, default=900, help="how long the teacher is tuned on the labels first")
+    parser.add_argument("--seconds", type=float, default=6000, help="how long the student is trained")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("hubpeer/encoder"))
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(name)s %(message)s",
+        handlers=[logging.StreamHandler(), logging.FileHandler(args.work / "log.txt")],
+    )
+    torch.set_num_threads(torch.get_num_threads())
+    trained, held = split(args.seed)
+    log.info("seed %d: %d functions, %d to train on, %d held", args.seed, len(functions()), len(trained), len(held))
+
+    teacher = Teacher(args.teacher)
+    tuned = args.work / "teacher.pt"
+    if tuned.exists():
+        teacher.model.load_state_dict(torch.load(tuned))
+    elif args.tune_seconds > 0:
+        teacher.tune(trained, args.tune_seconds, args.seed)
+        torch.save(teacher.model.state_dict(), tuned)
+    tokenizer = Tokenizer.from_file(str(args.teacher / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    shape = Shape(layers=args.layers)
+
+    ids, words = word_list(tokenizer)
+    texts = texts_to_distil(trained, args.seed)
+    of_words = cached(args.work / "words.npy", teacher, words, batch=1024)
+    of_texts = cached(args.work / "texts.npy", teacher, texts, batch=128)
+    del teacher
+
+    # The directions that matter most for texts: 256 of the teacher's 384, angles nearly kept.
+    basis = np.linalg.svd(np.concatenate([of_texts, of_words[::8]]), full_matrices=False)[2][: shape.width].T
+    table = np.zeros((tokenizer.get_vocab_size(), shape.width), np.float32)
+    # The vocabulary is in order of frequency: rare words say more.
+    table[ids] = (of_words @ basis) * np.log1p(np.asarray(ids))[:, None].astype(np.float32) / 10
+    student = Student(shape, table)
+    wanted = of_texts @ basis
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+
+    def encode(lines: list[str]) -> np.ndarray:
+        from training.student import padded
+
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return np.concatenate(
+                [
+                    student(
+                        *padded([e.ids[:128] for e in tokenizer.encode_batch(lines[n : n + 64], add_special_tokens=False)])
+                    ).numpy()
+                    for n in range(0, len(lines), 64)
+                ]
+            )
+
+    def validate() -> str:
+        write_weights(args.work / "model.safetensors", student.weights())
+        return f"clause to card of five, held functions: {clause_to_card(encode, held, 7, 150):.3f}"
+
+    rows = [e.ids[:128] for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    log.info("before training: %s", validate())
+    train(
+        student,
+        Texts(rows, wanted, random.Random(args.seed)),
+        trained,
+        tokenizer,
+        args.seconds,
+        args.seed,
+        args.work / "student.pt",
+        validate,
+    )
+    write_weights(args.out / "model.safetensors", student.weights())
+    about = {"shape": msgspec.to_builtins(shape), "fitted": msgspec.to_builtins(Calibration())}
+    (args.out / "encoder.json").write_bytes(msgspec.json.encode(about))
+    tokenizer.post_processor = None
+    tokenizer.save(str(args.out / "tokenizer.json"), pretty=False)
+    calibrate(args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""What the built-in encoder learns from: business functions written by hand, and questions put together from them with a seed.
+
+A *function* is one kind of work some agent may do (a card's words, everyday phrasings that avoid them, decoys). A *question*
+joins phrasings of the functions in a small registry and knows everything a planner must find out: where the clauses are, whose
+each is, in which order, who decides. All randomness comes from the `random.Random` a caller passes in.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hubpeer.encoder.network import TAGS
+from hubpeer.wire import Card
+
+DATA = Path(__file__).parent / "data"
+NONE = "none"
+LEVELS = ("first", "second", "third")
+RULES = ("finance_priority", "consensus_required", "ceo_decides")
+assert (NONE, *LEVELS, *RULES) == TAGS
+
+#: These functions share a capability's name with a registry of `evals/`: they are never trained on (a test checks the list).
+SHARED_WITH_EVALS = frozenset(
+    """blood_bank load_planning winery beekeeping store_expansion sound_design theatre_stage collections_registrar museum
+    space""".split()
+)
+#: Jobs written twice under two names: never in one registry, always on the same side of the split.
+TWINS = [
+    pair.split("~")
+    for pair in """doorstep_courier~last_mile bankruptcy_law~insolvency land_conveyancing~conveyancing
+    vacation_lets~holiday_rentals works_medicine~occupational_health airline_meals~inflight_catering civil_trials~litigation
+    company_secretariat~corporate_secretary plant_emission_permits~environmental_permits city_parking~parking_enforcement
+    community_epidemiology~public_health estate_agency~home_sales_agent~realestate condo_management~owners_association
+    prison_ops~prison_service vital_records~civil_registry social_housing~public_housing
+    public_records_requests~information_access wills_probate~estate_planning event_catering~catering_services
+    hotel_revenue~airline_yield~yield_management ramp_handling~airport_ground school_canteen~canteen
+    tender_bids~proposal_desk lean_improvement~process_improvement~process_engineering farm_subsidies~subsidy_office
+    quantity_surveying~construction grid_control~energy immigration_law~refugee_services""".split()
+]
+DEFAULT_FOUR = ("finance", "marketing", "sales", "ceo")
+
+
+@dataclass(frozen=True)
+class Function:
+    id: str
+    trade: str
+    capabilities: tuple[str, ...]
+    specialties: tuple[str, ...]
+    description: str
+    phrasings: tuple[str, ...]
+    decoys: tuple[str, ...]
+    core: int  #: the first so many capabilities are its own names, the rest other names for the same
+
+    def card(self, rng: random.Random) -> Card:
+        """A card somebody might write for it: some of its words, sometimes all the first names, sometimes a description."""
+        if rng.random() < 0.4:
+            capabilities = list(self.capabilities[: self.core])
+        else:
+            capabilities = rng.sample(self.capabilities, min(len(self.capabilities), rng.randint(2, 5)))
+        specialties = rng.sample(self.specialties, rng.randint(min(1, len(self.specialties)), len(self.specialties)))
+        return Card(capabilities, specialties, self.description if rng.random() < 0.2 else "")
+
+
+@cache
+def functions() -> dict[str, Function]:
+    """Every function that may be trained on."""
+    found = {}
+    for name in ("functions_a", "functions_b", "functions_c"):
+        for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines():
+            row = json.loads(line)
+            capabilities = dict.fromkeys([*row["capabilities"], *row["more_capabilities"]])
+            found[row["id"]] = Function(
+                row["id"],
+                row["trade"],
+                tuple(capabilities),
+                tuple(row["specialties"]),
+                row["description"],
+                tuple(row["phrasings"]),
+                tuple(row["decoys"]),
+                len(row["capabilities"]),
+            )
+    return {name: function for name, function in found.items() if name not in SHARED_WITH_EVALS}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document of known kind."""
+
+    text: str
+    category: str
+    sensitivity: str
+
+
+@cache
+def documents() -> list[Example]:
+    rows = map(json.loads, (DATA / "documents.jsonl").read_text("utf-8").splitlines())
+    return [Example(row["text"], row["category"], row["sensitivity"]) for row in rows]
+
+
+@cache
+def joins() -> dict[str, Any]:
+    """Templates, who-decides phrases, small talk: both hand-written files in one shape."""
+    first = json.loads((DATA / "joins.json").read_text("utf-8"))
+    more = json.loads((DATA / "joins_more.json").read_text("utf-8"))
+    return {
+        "sequence": first["sequence"] + more["sequence_2"],
+        "parallel": first["parallel"] + more["parallel_2"],
+        "parallel3": more["parallel_3"],
+        "chain3": first["chain3"] + more["chain_3"],
+        "fan_in": first["fan_in"] + more["two_then_one"],
+        "fan_out": more["one_then_two"],
+        "detail": first["single_with_detail"],
+        "decides": first["who_decides"],
+        "openers": first["openers"] + [p.strip() for p in more["prefixes"] if p],
+        "closers": first["closers"] + [s.strip() for s in more["suffixes"] if s],
+        "small_talk": first["out_of_scope"] + more["out_of_scope"],
+    }
+
+
+def twins(name: str) -> frozenset[str]:
+    """A function and its doubles."""
+    return frozenset(next((group for group in TWINS if name in group), [name]))
+
+
+def split(seed: int, share: float = 0.12) -> tuple[list[Function], list[Function]]:
+    """Functions to train on, and functions nothing of which occurs in training. The default four are always trained on."""
+    groups = sorted({tuple(sorted(twins(name) & functions().keys())) for name in functions()})
+    free = [group for group in groups if not set(group) & set(DEFAULT_FOUR)]
+    random.Random(seed).shuffle(free)
+    held = {name for group in free[: round(share * len(free))] for name in group}
+    everything = functions().values()
+    return [f for f in everything if f.id not in held], [f for f in everything if f.id in held]
+
+
+def halves(items: Sequence[str], held: bool) -> list[str]:
+    """Templates and phrases are split as well: every sixth is only ever used for validation."""
+    return [item for number, item in enumerate(items) if (number % 6 == 5) == held]
+
+
+# ── questions ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Span:
+    start: int
+    end: int
+    tag: str
+    agent: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, and what a planner should make of it."""
+
+    text: str
+    spans: list[Span]
+    cards: dict[str, Card]
+    edges: list[tuple[str, str]] = field(default_factory=list)
+    rule: str | None = None
+
+    @property
+    def agents(self) -> set[str]:
+        return {span.agent for span in self.spans if span.agent is not None}
+
+
+#: Kind of question -> how often, and the level of each slot.
+KINDS: dict[str, tuple[float, str]] = {
+    "single": (0.42, "0"),
+    "sequence": (0.17, "01"),
+    "parallel": (0.15, "00"),
+    "chain3": (0.04, "012"),
+    "fan_in": (0.04, "001"),
+    "fan_out": (0.02, "011"),
+    "parallel3": (0.02, "000"),
+    "nobody": (0.14, ""),
+}
+_slot = re.compile(r"(\{[ABC]\})")
+_leading = re.compile(r"^[\s.,;:!?)\-–—/]*")
+
+
+class Composer:
+    """Writes questions over some functions. `held` picks the templates that training never sees."""
+
+    def __init__(self, among: Iterable[Function], rng: random.Random, *, held: bool) -> None:
+        self.among = list(among)
+        self.rng = rng
+        self.says = {kind: halves(phrases, held) for kind, phrases in joins().items() if kind != "decides"}
+        self.decides = {rule: halves(phrases, held) for rule, phrases in joins()["decides"].items()}
+        self.by_trade: dict[str, list[Function]] = {}
+        for function in self.among:
+            self.by_trade.setdefault(function.trade, []).append(function)
+
+    def registry(self) -> dict[str, Function]:
+        """3 to 8 functions under made-up names, none the double of another; often several of one trade."""
+        rng, chosen = self.rng, dict[str, Function]()
+        size = rng.randint(3, 8)
+        seed = rng.choice(self.among)
+        near = [seed, *(f for f in self.by_trade[seed.trade] if f is not seed)]
+        taken: set[str] = set()
+        while len(chosen) < size:
+            function = rng.choice(near) if rng.random() < 0.4 else rng.choice(self.among)
+            near = [f for f in near if f is not function] or self.among
+            if function.id not in taken:
+                taken |= twins(function.id)
+                chosen[made_up_name(rng, chosen)] = function
+        return chosen
+
+    def ask(self) -> Asked:
+        """One question."""
+        rng = self.rng
+        kind = rng.choices(list(KINDS), [weight for weight, _ in KINDS.values()])[0]
+        registry = self.registry()
+        cards = {name: function.card(rng) for name, function in registry.items()}
+        if kind == "nobody":
+            return self._finish([(self._nobody(registry), None, None)], cards, None)
+        levels = KINDS[kind][1]
+        agents = rng.sample(list(registry), len(levels))
+        slots = {
+            "{" + letter + "}": (rng.choice(registry[agent].phrasings), LEVELS[int(level)], agent)
+            for letter, agent, level in zip("ABC", agents, levels, strict=False)
+        }
+        template = rng.choice(self.says[kind]) if kind != "single" else "{A}"
+        if kind == "single" and rng.random() < 0.3:
+            template = rng.choice(self.says["detail"])
+        pieces = list(_filled(template, slots, rng))
+        rule = None
+        if rng.random() < (0.25 if len(agents) > 1 else 0.04):
+            rule = rng.choice(RULES)
+            decider = (rng.choice(self.decides[rule]), rule, None)
+            pieces = [*pieces, (rng.choice([". ", "; ", " - ", ", and "]), NONE, None), decider]
+        by_level: dict[int, list[str]] = {}
+        for agent, level in zip(agents, levels, strict=True):
+            by_level.setdefault(int(level), []).append(agent)
+        edges = [(a, b) for level in by_level for a in by_level.get(level - 1, []) for b in by_level[level]]
+        return self._finish(pieces, cards, rule, edges, registry)
+
+    def _nobody(self, registry: dict[str, Function]) -> str:
+        rng = self.rng
+        present = {name for function in registry.values() for name in twins(function.id)}
+        trades = {function.trade for function in registry.values()}
+        chance = rng.random()
+        if chance < 0.35:
+            return rng.choice(self.says["small_talk"])
+        if chance < 0.5 and (decoys := [d for f in registry.values() for d in f.decoys]):
+            return rng.choice(decoys)
+        away = [f for f in self.among if f.id not in present and (f.trade not in trades or chance > 0.9)]
+        return rng.choice(rng.choice(away).phrasings)
+
+    def _finish(
+        self,
+        pieces: list[tuple[str, str | None, str | None]],
+        cards: dict[str, Card],
+        rule: str | None,
+        edges: Iterable[tuple[str, str]] = (),
+        registry: dict[str, Function] | None = None,
+    ) -> Asked:
+        rng = self.rng
+        if rng.random() < 0.2:
+            pieces = [(rng.choice(self.says["openers"]) + " ", NONE, None), *pieces]
+        if registry and rng.random() < 0.08:
+            decoys = [d for f in registry.values() for d in f.decoys]
+            if decoys:
+                pieces = [(_ended(rng.choice(decoys)) + " ", NONE, None), *pieces]
+        if rng.random() < 0.15:
+            pieces = [
+                *pieces,
+                (rng.choice([". ", ", ", " - ", "? "]), NONE, None),
+                (rng.choice(self.says["closers"]), NONE, None),
+            ]
+        text, spans = "", []
+        for words, tag, agent in pieces:
+            if words:
+                spans.append(Span(len(text), len(text) + len(words), tag or LEVELS[0], agent))
+                text += words
+        return Asked(text, spans, cards, list(edges), rule)
+
+
+def _filled(
+    template: str, slots: dict[str, tuple[str, str, str]], rng: random.Random
+) -> Iterable[tuple[str, str | None, str | None]]:
+    """A template's pieces: the clauses with tag and agent, and the words between them with none."""
+    pieces = [piece for piece in _slot.split(template) if piece]
+    for number, piece in enumerate(pieces):
+        if piece not in slots:
+            yield piece, NONE, None
+            continue
+        words, tag, agent = slots[piece]
+        last = number == len(pieces) - 1
+        # Inside a sentence a clause loses its full stop, and mostly its question mark.
+        if not last and (
+            words.endswith((".", "!")) or (words.endswith("?") and (pieces[number + 1][0] in ".?,;:" or rng.random() < 0.5))
+        ):
+            words = words[:-1]
+        if number and len(words) > 1 and words[1].islower() and rng.random() < 0.8:
+            words = words[0].lower() + words[1:]
+        yield words, tag, agent
+
+
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith((".", "?", "!")) else sentence + "."
+
+
+def made_up_name(rng: random.Random, taken: Iterable[str]) -> str:
+    """A name that says nothing: two or three syllables."""
+    while True:
+        name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+        if name not in taken:
+            return name
