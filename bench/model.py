@@ -71,13 +71,13 @@ def ours(folder: Path, cache: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if os.environ.get("HUBPEER_BENCH_COLD"):
         began = time.perf_counter()
-        cold = LocalModel.open(config.Model(name=str(folder), threads=2))
+        cold = LocalModel(config.Model(name=str(folder), threads=2), folder)
         figures["load_s"] = time.perf_counter() - began
         figures["load_peak_mib"] = memory()["peak_mib"]
         asyncio.run(cold.close())
         del cold
     began = time.perf_counter()
-    model = LocalModel.open(config.Model(name=str(folder), threads=2, cache=str(cache)))
+    model = LocalModel(config.Model(name=str(folder), threads=2, cache=str(cache)), folder)
     figures["load_cached_s"] = time.perf_counter() - began
     figures["loaded_mib"] = memory()["resident_mib"]
     cards = config.DEFAULT_AGENTS

@@ -47,6 +47,7 @@ class Conductor:
         self._letters = letters
         self._bucket = js.bucket(PLANS_BUCKET)
         self._clock = clock
+        self._due: set[str] = set()  #: ids of plans of which something still has to be published
         self._running: set[str] = set()  #: ids of plans that have not ended, as far as this hub knows
 
     # ── beginning ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -88,7 +89,11 @@ class Conductor:
                 return before, after
 
     async def _settle(self, record: Record, before: Record | None = None) -> None:
-        """Publish what the record says is due: the steps that became ready since `before`, or the outcome."""
+        """Publish what the record says is due: the steps that became ready since `before`, or the outcome.
+
+        Where that fails the plan stays in `_due`, and the sweep tries again.
+        """
+        self._due.add(record.plan_id)
         if record.state == "running":
             self._running.add(record.plan_id)
             old = {s.step_id for s in before.steps if s.state == "ready"} if before is not None else set()
@@ -97,6 +102,7 @@ class Conductor:
             if not record.announced:
                 await self._announce(record)
             self._running.discard(record.plan_id)
+        self._due.discard(record.plan_id)
 
     async def _release(self, record: Record, steps: list[StepMessage]) -> None:
         messages = []
@@ -186,15 +192,16 @@ class Conductor:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self._settings.plans.sweep_s)
-            for plan_id in list(self._running):
+            for plan_id in self._running | self._due:
                 try:
                     before, after = await self._change(
                         plan_id, lambda r: plan.expire(r, self._settings.plans.step_idle_s, self._clock())
                     )
-                    await self._settle(after, before)
+                    await self._settle(after, None if plan_id in self._due else before)
                 except HubError as exc:
                     if exc.code == "not_found":  # older than the bucket keeps
                         self._running.discard(plan_id)
+                        self._due.discard(plan_id)
                     log.warning("plan %s: %s", plan_id, exc)
 
     # ── hub.plans.<verb>.<agent> ────────────────────────────────────────────────────────────────────────────────────

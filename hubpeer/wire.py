@@ -32,7 +32,7 @@ MAX_ID: Final = 256
 def agent_token(value: str) -> str:
     """`value` if it can be an agent's name, else `bad_agent_id`. The server itself stores subjects with a literal `*`, NUL or
     zero-width characters, so nothing but this check stands between them and the hub."""
-    if TOKEN.fullmatch(value) is None:
+    if TOKEN.fullmatch(value) is None or value == "hub":  # `_INBOX.hub.` is the hub's own
         raise BadRequest("bad_agent_id", f"an agent is named [a-z0-9][a-z0-9_-]{{0,31}}, not '{shown(value)}'")
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import random
 from pathlib import Path
@@ -138,8 +139,8 @@ def main() -> None:
     write_weights(args.out / "model.safetensors", student.weights())
     about = {"shape": msgspec.to_builtins(shape), "fitted": msgspec.to_builtins(Calibration())}
     (args.out / "encoder.json").write_bytes(msgspec.json.encode(about))
-    tokenizer.post_processor = None
-    tokenizer.save(str(args.out / "tokenizer.json"), pretty=False)
+    plain = json.loads(tokenizer.to_str()) | {"post_processor": None}
+    (args.out / "tokenizer.json").write_text(json.dumps(plain, ensure_ascii=False, separators=(",", ":")), "utf-8")
     calibrate(args.out, args.seed)
 
 

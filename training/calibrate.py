@@ -50,7 +50,7 @@ def as_row(number: int, one: Asked) -> RouteRow:
 
 def best_boundary(builtin: BuiltIn, asked: list[Asked]) -> float:
     """The threshold at which the number of request clauses is right most often."""
-    read = [(one, builtin.network.read(one.text)) for one in asked]
+    read = [(one, builtin.network.read(one.text)[0]) for one in asked]
     wanted = [max(1, sum(span.agent is not None for span in one.spans)) for one, _ in read]
 
     def right(threshold: float) -> int:
@@ -66,10 +66,11 @@ def samples(builtin: BuiltIn, asked: list[Asked]) -> list[tuple[np.ndarray, int]
     """Per request clause: its likenesses (3, agents), and whose it is (-1: nobody's)."""
     found = []
     for one in asked:
-        said = clauses(one.text, builtin.network.read(one.text), builtin.fitted.boundary)
+        windows, question = builtin.network.read(one.text)
+        said = clauses(one.text, windows, builtin.fitted.boundary)
         wanted = requests(one.text, said)
         names = list(one.cards)
-        for clause, likeness in zip(wanted, builtin.likeness(wanted, one.text, one.cards), strict=True):
+        for clause, likeness in zip(wanted, builtin.likeness(wanted, question, one.cards), strict=True):
             start = one.text.find(clause.text)
             end = start + len(clause.text)
             inside = max(one.spans, key=lambda span: min(span.end, end) - max(span.start, start))
@@ -136,7 +137,7 @@ def fit_documents(builtin: BuiltIn, steps: int = 800) -> tuple[Examples, tuple[f
     for n, one in enumerate(documents()):
         rest = Examples(np.delete(stack, n, 0), labels[:n] + labels[n + 1 :])
         rules = taxonomy.by_rules(one.text, "", "", [], taxonomy.DEFAULT, [])
-        speaks.append(evidence_of_document(vectors[n], rules, known, builtin.network.encode, rest))
+        speaks.append(evidence_of_document(vectors[n], rules, known, builtin.known, rest))
     x, target = np.array(speaks), np.array([names.index(one.category) for one in documents()])
     theta = first = np.array(Calibration().category)
     for _ in range(steps):
@@ -160,7 +161,7 @@ def planner(builtin: BuiltIn) -> evaluate.Planner:
     return plan
 
 
-def calibrate(folder: Path, seed: int, count: int = 500) -> dict[str, Any]:
+def calibrate(folder: Path, seed: int, count: int = 300) -> dict[str, Any]:
     """Fit `encoder.json` in a folder with weights; the figures on the other half of the held functions."""
     fitting, reporting = halves_of(split(seed)[1], seed)
     builtin = BuiltIn.open(folder)

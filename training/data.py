@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hubpeer.encoder.network import TAGS
+import numpy as np
+
+from hubpeer.encoder.network import TAGS, card_text
 from hubpeer.wire import Card
 
 DATA = Path(__file__).parent / "data"
@@ -192,9 +194,7 @@ class Composer:
         self.rng = rng
         self.says = {kind: halves(phrases, held) for kind, phrases in joins().items() if kind != "decides"}
         self.decides = {rule: halves(phrases, held) for rule, phrases in joins()["decides"].items()}
-        self.by_trade: dict[str, list[Function]] = {}
-        for function in self.among:
-            self.by_trade.setdefault(function.trade, []).append(function)
+        self.by_trade = by_trade(self.among)
 
     def registry(self) -> dict[str, Function]:
         """3 to 8 functions under made-up names, none the double of another; often several of one trade."""
@@ -312,3 +312,44 @@ def made_up_name(rng: random.Random, taken: Iterable[str]) -> str:
         name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
         if name not in taken:
             return name
+
+
+# ── batches ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def by_trade(functions: Iterable[Function]) -> dict[str, list[Function]]:
+    found: dict[str, list[Function]] = {}
+    for function in functions:
+        found.setdefault(function.trade, []).append(function)
+    return found
+
+
+def draw(functions: Sequence[Function], trades: dict[str, list[Function]], rng: random.Random, size: int) -> list[Function]:
+    """Functions for one batch, no two doubles, a good part of them neighbours of the same trades."""
+    chosen: dict[str, Function] = {}
+    taken: set[str] = set()
+    while len(chosen) < size:
+        first = rng.choice(functions)
+        for function in [first, *rng.sample(trades[first.trade], min(3, len(trades[first.trade])))]:
+            if function.id not in taken:
+                chosen[function.id] = function
+                taken |= twins(function.id)
+    return list(chosen.values())[:size]
+
+
+def clause_to_card(
+    encode: Callable[[list[str]], np.ndarray], functions: Sequence[Function], seed: int, count: int = 400
+) -> float:
+    """Share of phrasings whose own card is the nearest of five: the one figure that follows all of training."""
+    rng = random.Random(seed)
+    composer = Composer(functions, rng, held=True)
+    texts, cards = [], []
+    for _ in range(count):
+        registry = list(composer.registry().values())
+        while len(registry) < 5:
+            registry = list(composer.registry().values())
+        registry = registry[:5]
+        texts.append(rng.choice(registry[0].phrasings))
+        cards += [card_text(f.card(rng)) for f in registry]
+    asked, offered = encode(texts), encode(cards).reshape(count, 5, -1)
+    return float((np.einsum("nd,nkd->nk", asked, offered).argmax(1) == 0).mean())

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from hubpeer.encoder.network import card_text
-from training.data import Composer, Function, twins
+from training.data import Function, by_trade, draw
 
 log = logging.getLogger("training.teacher")
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -62,14 +62,12 @@ class Teacher:
         del torch_rng
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=4e-5, weight_decay=0.01)
-        by_trade: dict[str, list[Function]] = {}
-        for function in functions:
-            by_trade.setdefault(function.trade, []).append(function)
+        trades = by_trade(functions)
         began, step = time.monotonic(), 0
         while (used := time.monotonic() - began) < seconds:
             for group in optimizer.param_groups:
                 group["lr"] = 4e-5 * min(1.0, (step + 1) / 20) * max(0.05, 1 - used / seconds)
-            batch = draw(functions, by_trade, rng, 40)
+            batch = draw(functions, trades, rng, 40)
             texts = [rng.choice(f.phrasings) for f in batch] + [card_text(f.card(rng)) for f in batch]
             vectors = self.forward(texts)
             asked, cards = vectors[: len(batch)], vectors[len(batch) :]
@@ -83,32 +81,3 @@ class Teacher:
             step += 1
             if step % 20 == 0:
                 log.info("tuning: step %d, %.0f s, loss %.3f", step, used, loss.item())
-
-
-def draw(functions: Sequence[Function], by_trade: dict[str, list[Function]], rng: random.Random, size: int) -> list[Function]:
-    """Functions for one batch, no two doubles, a good part of them neighbours of the same trades."""
-    chosen: dict[str, Function] = {}
-    taken: set[str] = set()
-    while len(chosen) < size:
-        first = rng.choice(functions)
-        for function in [first, *rng.sample(by_trade[first.trade], min(3, len(by_trade[first.trade])))]:
-            if function.id not in taken:
-                chosen[function.id] = function
-                taken |= twins(function.id)
-    return list(chosen.values())[:size]
-
-
-def clause_to_card(encode, functions: Sequence[Function], seed: int, count: int = 400) -> float:
-    """Share of phrasings whose own card is the nearest of five: the one figure that follows all of training."""
-    rng = random.Random(seed)
-    composer = Composer(functions, rng, held=True)
-    texts, cards = [], []
-    for _ in range(count):
-        registry = list(composer.registry().values())
-        while len(registry) < 5:
-            registry = list(composer.registry().values())
-        registry = registry[:5]
-        texts.append(rng.choice(registry[0].phrasings))
-        cards += [card_text(f.card(rng)) for f in registry]
-    asked, offered = encode(texts), encode(cards).reshape(count, 5, -1)
-    return float((np.einsum("nd,nkd->nk", asked, offered).argmax(1) == 0).mean())

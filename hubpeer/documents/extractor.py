@@ -33,7 +33,7 @@ from hubpeer.errors import STATUS, DocumentRejected, Unavailable
 from hubpeer.settings import Documents
 
 #: How long a zygote may take to load its libraries, and to end.
-START_S: Final = 20.0
+START_S: Final = 60.0
 STOP_S: Final = 5.0
 #: How long a killed child may take to be gone, its last words and its exit status included.
 DRAIN_S: Final = 5.0

@@ -10,6 +10,7 @@ this file says how the weights came about and how good they are.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -72,34 +73,31 @@ class BuiltIn:
         """Who does what, in which order, who decides; or that nobody fits."""
         if not ask.cards or not ask.query.strip():
             return Declined("empty", 0.0, [])
-        said = clauses(ask.query, self.network.read(ask.query), self.fitted.boundary)
+        windows, question = self.network.read(ask.query)
+        said = clauses(ask.query, windows, self.fitted.boundary)
         asked = requests(ask.query, said)
-        draft = decide(
-            asked, said, self.evidence(asked, ask.query, ask.cards), list(ask.cards), ask.rules, ask.max_agents, self.fitted
-        )
+        speaks = [evidence(like, self.fitted) for like in self.likeness(asked, question, ask.cards)]
+        draft = decide(asked, said, speaks, list(ask.cards), ask.rules, ask.max_agents, self.fitted)
         if isinstance(draft, Declined):
             self._declined += 1
         else:
             self._answered += 1
         return draft
 
-    def evidence(self, asked: list[Clause], query: str, cards: dict[str, Card]) -> list[list[float]]:
-        """Per clause, what speaks for each card."""
-        return [evidence(like, self.fitted) for like in self.likeness(asked, query, cards)]
-
-    def likeness(self, asked: list[Clause], query: str, cards: dict[str, Card]) -> list[Likeness]:
-        """Per clause, how like the cards it and the whole question are."""
-        same = len(asked) == 1 and asked[0].text == query.strip()
-        vectors = self.network.encode([clause.text for clause in asked] + ([] if same else [query]))
-        wholes = np.stack([self._known([card_text(card)])[0] for card in cards.values()])
-        terms = [self._known([word.replace("_", " ") for word in [*c.capabilities, *c.specialties]]) for c in cards.values()]
-        question = (wholes @ vectors[-1]).tolist()
+    def likeness(self, asked: list[Clause], question: Floats, cards: dict[str, Card]) -> list[Likeness]:
+        """Per clause, how like the cards it and the whole question (a vector) are."""
+        vectors = self.network.encode([clause.text for clause in asked])
+        words = [[word.replace("_", " ") for word in [*card.capabilities, *card.specialties]] for card in cards.values()]
+        vectors_of_cards = self.known([*map(card_text, cards.values()), *itertools.chain(*words)])
+        wholes = vectors_of_cards[: len(cards)]
+        terms = np.split(vectors_of_cards[len(cards) :], np.cumsum([len(one) for one in words])[:-1])
+        overall = (wholes @ question).tolist()
         return [
-            Likeness((wholes @ vector).tolist(), [float((term @ vector).max()) for term in terms], question)
-            for vector in vectors[: len(asked)]
+            Likeness((wholes @ vector).tolist(), [float((term @ vector).max()) for term in terms], overall)
+            for vector in vectors
         ]
 
-    def _known(self, texts: list[str]) -> Floats:
+    def known(self, texts: list[str]) -> Floats:
         """Vectors of texts that come again and again, each encoded once."""
         with self._lock:
             new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
@@ -117,7 +115,7 @@ class BuiltIn:
     def categorize(self, ask: DocAsk) -> Categorization:
         """What a document is about, from its parts."""
         self._categorized += 1
-        return reading.categorize(ask, self.network.encode, self._known, self.examples, self.fitted)
+        return reading.categorize(ask, self.network.encode, self.known, self.examples, self.fitted)
 
     def status(self) -> dict[str, Any]:
         """Figures for `hub.status`."""

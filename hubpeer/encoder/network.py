@@ -85,19 +85,21 @@ class Network:
             found[full] = _unit(found[full] @ self._dense["project"])
         return found
 
-    def read(self, text: str) -> list[Tagged]:
-        """The tags of a text, window by window; offsets count characters of `text`."""
+    def read(self, text: str) -> tuple[list[Tagged], Floats]:
+        """The tags of a text, window by window, with offsets in characters of `text`; and its vector, as `encode` gives it."""
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         windows = [slice(n, n + WINDOW) for n in range(0, len(encoded.ids), WINDOW)]
         if not windows:
-            return []
-        states, cuts = self._trunk([encoded.ids[w] for w in windows])
+            return [], np.zeros(self.shape.width, np.float32)
+        states, cuts = self._trunk([encoded.ids[window] for window in windows])
+        vector = _unit(states[: cuts[1]].mean(0) @ self._dense["project"])
         states = self._layer("tagger", states, cuts)
         logits = _norm(states, self._dense["tagger.norm"]) @ self._dense["tagger.heads"] + self._dense["tagger.bias"]
-        return [
+        tagged = [
             Tagged(encoded.offsets[window], _sigmoid(logits[start:end, 0]), logits[start:end, 1:])
-            for window, start, end in zip(windows, cuts, cuts[1:], strict=False)
+            for window, (start, end) in zip(windows, itertools.pairwise(cuts), strict=True)
         ]
+        return tagged, vector
 
     def _trunk(self, ids: Sequence[Sequence[int]]) -> tuple[Floats, list[int]]:
         """States of all tokens, one text behind the other, and where each text begins (with the end of the last)."""

@@ -88,15 +88,21 @@ async def open_model(settings: config.Model) -> Model | None:
 
         return ScriptedModel.read(Path(settings.name.removeprefix("scripted:")))
     try:
-        from hubpeer.model.folder import find
-
-        folder = await asyncio.to_thread(find, settings.name)
-        from hubpeer.model.local import LocalModel
+        return await asyncio.to_thread(_open, settings)
     except ModuleNotFoundError as exc:
         raise SettingsError(
             f"model.name = {settings.name!r} needs the package {exc.name}: pip install 'hubpeer[hub,llm]'"
         ) from exc
-    return await asyncio.to_thread(LocalModel, settings, folder)
+
+
+def _open(settings: config.Model) -> Model:
+    """On a thread of its own: importing torch alone takes seconds, in which the event loop has other things to do."""
+    from hubpeer.model.folder import find
+
+    folder = find(settings.name)
+    from hubpeer.model.local import LocalModel
+
+    return LocalModel(settings, folder)
 
 
 def describe(card: Card) -> str:

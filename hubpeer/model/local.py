@@ -21,7 +21,7 @@ from hubpeer.model import DocAsk, PlanAsk, PlanDraft
 from hubpeer.model.categorizer import Categorizer
 from hubpeer.model.engine import Engine, Job, Task
 from hubpeer.model.folder import find
-from hubpeer.model.load import Weights, load_weights, read_shape, trim
+from hubpeer.model.load import Weights, keep_pages, load_weights, read_shape, trim
 from hubpeer.model.planner import Planner
 from hubpeer.model.prompt import Words, read_layout
 from hubpeer.wire import Categorization
@@ -38,6 +38,7 @@ class LocalModel:
         self._cache = Path(settings.cache).expanduser() if settings.cache else None
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        keep_pages()
         began = time.monotonic()
         shape = read_shape(folder)
         self._words = Words(folder, shape)

@@ -39,7 +39,10 @@ class Hub:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=self.environ)
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
-        assert line.startswith("ready nats://"), f"{line!r}\n{self.log.read_text()[-3000:]}"
+        if not line.startswith("ready nats://"):
+            self.process.kill()
+            self.ended()
+            raise AssertionError(f"{line!r}\n{self.log.read_text()[-3000:]}")
         self.url = line.removeprefix("ready ")
         self.port = int(self.url.rsplit(":", 1)[1])
         return self

@@ -153,11 +153,11 @@ async def test_too_little_memory_says_how_much_is_needed(tiny: Path) -> None:
         await open_model(config.Model(name=str(tiny), kv_memory=1000))
 
 
-def test_without_torch_the_error_names_the_install() -> None:
+def test_without_torch_the_error_names_the_install(tiny: Path) -> None:
     code = (
         "import sys, asyncio; sys.modules['torch'] = None\n"
         "from hubpeer import model, settings, errors\n"
-        "try: asyncio.run(model.open_model(settings.Model(name='x/y')))\n"
+        f"try: asyncio.run(model.open_model(settings.Model(name={str(tiny)!r})))\n"
         "except errors.SettingsError as exc: print(exc)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

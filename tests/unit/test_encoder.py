@@ -88,11 +88,12 @@ def test_a_vector_does_not_depend_on_its_neighbours(network):
 
 def test_a_long_question_is_read_to_its_end(network):
     text = "how much fuel is left and who goes ashore; " * 60
-    windows = network.read(text)
+    windows, vector = network.read(text)
+    assert vector == pytest.approx(network.encode([text])[0], abs=1e-5)
     assert len(windows) > 1
     assert all(len(window.offsets) == len(window.boundary) == len(window.tags) <= WINDOW for window in windows)
     assert windows[-1].offsets[-1][1] == len(text.rstrip())
-    assert network.read("") == []
+    assert network.read("")[0] == []
 
 
 def test_weights_survive_the_file(tmp_path, tokenizer):
@@ -284,12 +285,12 @@ def test_any_text_gets_a_category_of_the_taxonomy(builtin, text):
     found = builtin.categorize(DocAsk("c", text, own, ["tamo", "orka"], filename="a.txt"))
     assert found.category in own
     assert set(found.relevant_agents) <= set(own[found.category].agents)
-    assert found.method == "builtin_encoder"
+    assert found.method == ("builtin_encoder" if text.strip() else "rules")  # nothing to read, nothing to compare
     assert 0 <= found.confidence <= 1
 
 
 def test_markers_of_sensitivity_count_in_the_whole_document(builtin):
-    text = "Crates and ropes. " * 3000 + "This is strictly confidential."
+    text = "Crates and ropes. " * 300 + "This is strictly confidential."
     assert builtin.categorize(DocAsk("c", text, taxonomy.DEFAULT, ["ceo"])).sensitivity == "restricted"
 
 
