@@ -144,7 +144,13 @@ class Conductor:
 
     async def run(self) -> None:
         """Take results until canceled."""
-        await self.recover()
+        while True:
+            try:
+                await self.recover()
+                break
+            except HubError as exc:  # the bus went away this very moment; it comes back
+                log.warning("plans are carried on later: %s", exc)
+                await asyncio.sleep(0.5)
         gate = asyncio.Semaphore(32)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._sweep(), name="plan-sweep")

@@ -14,12 +14,14 @@ import torch
 from tokenizers import Tokenizer
 
 from hubpeer import taxonomy
+from hubpeer.encoder import About, BuiltIn
 from hubpeer.encoder.decide import Calibration
-from hubpeer.encoder.network import Shape, card_text, write_weights
-from training.calibrate import calibrate
-from training.data import Function, documents, functions, halves, joins, split
-from training.student import Student, Texts, train
-from training.teacher import Teacher, clause_to_card
+from hubpeer.encoder.network import WINDOW, Network, Shape, card_text, write_weights
+from training import words as bags
+from training.calibrate import calibrate, halves_of
+from training.data import Function, clause_to_card, documents, functions, halves, joins, split
+from training.student import Student, Texts, padded, train
+from training.teacher import Teacher
 
 log = logging.getLogger("training")
 
@@ -66,8 +68,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/training"), help="caches, checkpoints, log")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tune-seconds", type=float, default=900, help="how long the teacher is tuned on the labels first")
+    parser.add_argument("--word-seconds", type=float, default=600, help="how long the word table is fitted")
     parser.add_argument("--seconds", type=float, default=6000, help="how long the student is trained")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2, help="transformer layers of the trunk; 0: words alone, in minutes")
     parser.add_argument("--out", type=Path, default=Path("hubpeer/encoder"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -99,48 +102,41 @@ def main() -> None:
     del teacher
 
     # The directions that matter most for texts: 256 of the teacher's 384, angles nearly kept.
-    basis = np.linalg.svd(np.concatenate([of_texts, of_words[::8]]), full_matrices=False)[2][: shape.width].T
+    both = np.concatenate([of_texts, of_words[::8]])
+    basis = np.linalg.eigh(both.T @ both)[1][:, ::-1][:, : shape.width]
+    wanted = of_texts @ basis
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
     table = np.zeros((tokenizer.get_vocab_size(), shape.width), np.float32)
     # The vocabulary is in order of frequency: rare words say more.
     table[ids] = (of_words @ basis) * np.log1p(np.asarray(ids))[:, None].astype(np.float32) / 10
-    student = Student(shape, table)
-    wanted = of_texts @ basis
-    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    rows = [e.ids[:WINDOW] for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    choosing = halves_of(held, args.seed)[0]
 
-    def encode(lines: list[str]) -> np.ndarray:
-        from training.student import padded
+    def bag_score(candidate: np.ndarray) -> float:
+        return clause_to_card(lambda lines: bags.encode(candidate, tokenizer, lines), choosing, 7)
 
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return np.concatenate(
-                [
-                    student(
-                        *padded([e.ids[:128] for e in tokenizer.encode_batch(lines[n : n + 64], add_special_tokens=False)])
-                    ).numpy()
-                    for n in range(0, len(lines), 64)
-                ]
-            )
+    fitted = args.work / "table.npy"
+    if not fitted.exists():
+        np.save(fitted, bags.fit(table, rows, wanted, trained, tokenizer, args.word_seconds, args.seed, bag_score))
+    student = Student(shape, np.load(fitted))
 
     def validate() -> str:
         write_weights(args.work / "model.safetensors", student.weights())
-        return f"clause to card of five, held functions: {clause_to_card(encode, held, 7, 150):.3f}"
+        network = Network(shape, student.weights(), tokenizer)
+        return f"clause to card of five, held functions: {clause_to_card(network.encode, choosing, 7, 150):.3f}"
 
-    rows = [e.ids[:128] for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    log.info("before training: %s", validate())
-    train(
-        student,
-        Texts(rows, wanted, random.Random(args.seed)),
-        trained,
-        tokenizer,
-        args.seconds,
-        args.seed,
-        args.work / "student.pt",
-        validate,
-    )
+    distilled = Texts(rows, wanted, random.Random(args.seed))
+    train(student, distilled, trained, tokenizer, args.seconds, args.seed, args.work / "student.pt", validate)
+
+    args.out.mkdir(parents=True, exist_ok=True)
     write_weights(args.out / "model.safetensors", student.weights())
-    about = {"shape": msgspec.to_builtins(shape), "fitted": msgspec.to_builtins(Calibration())}
-    (args.out / "encoder.json").write_bytes(msgspec.json.encode(about))
+    (args.out / "encoder.json").write_bytes(msgspec.json.encode(About(shape, Calibration())))
     plain = json.loads(tokenizer.to_str()) | {"post_processor": None}
     (args.out / "tokenizer.json").write_text(json.dumps(plain, ensure_ascii=False, separators=(",", ":")), "utf-8")
+    network = BuiltIn.open(args.out).network
+    with torch.no_grad():
+        gap = np.abs(student(*padded(rows[:8])).numpy() - network.encode(texts[:8])).max()
+    log.info("the runtime's vectors differ from the student's by at most %.4f (int8)", gap)
     calibrate(args.out, args.seed)
 
 

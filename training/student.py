@@ -22,8 +22,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from hubpeer.encoder.network import TAGS, WINDOW, Shape, card_text, quantized
-from training.data import Asked, Composer, Function
-from training.teacher import draw
+from training.data import Asked, Composer, Function, by_trade, draw
 
 log = logging.getLogger("training.student")
 
@@ -41,14 +40,14 @@ class Norm(nn.Module):
 class Layer(nn.Module):
     """What it adds starts at zero: the untrained network is the mean of its words."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, inner: int) -> None:
         super().__init__()
         self.heads = shape.heads
         self.norm1, self.norm2 = Norm(shape.width), Norm(shape.width)
         self.qkv = nn.Linear(shape.width, 3 * shape.width, bias=False)
         self.out = nn.Linear(shape.width, shape.width, bias=False)
-        self.up = nn.Linear(shape.width, shape.inner)
-        self.down = nn.Linear(shape.inner, shape.width, bias=False)
+        self.up = nn.Linear(shape.width, inner)
+        self.down = nn.Linear(inner, shape.width, bias=False)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.up.bias)
@@ -67,17 +66,19 @@ class Student(nn.Module):
         super().__init__()
         self.shape = shape
         self.register_buffer("words", torch.from_numpy(words))
-        self.word_gain = nn.Parameter(torch.ones(len(words)))
-        self.positions = nn.Parameter(torch.randn(WINDOW, shape.width) * 0.003)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.positions = nn.Parameter(torch.zeros(WINDOW, shape.width), requires_grad=shape.layers > 0)
+        self.layers = nn.ModuleList(Layer(shape, shape.inner) for _ in range(shape.layers))
         self.project = nn.Linear(shape.width, shape.width, bias=False)
         nn.init.eye_(self.project.weight)
-        self.tagger = Layer(shape)
+        self.tagger_norm0 = Norm(shape.width)
+        self.tagger_mix = nn.Linear(5 * shape.width, shape.width, bias=False)
+        self.tagger_positions = nn.Parameter(torch.randn(WINDOW, shape.width) * 0.1)
+        self.tagger = Layer(shape, shape.inner // 2)
         self.tagger_norm = Norm(shape.width)
         self.tagger_heads = nn.Linear(shape.width, 1 + len(TAGS))
 
     def trunk(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.words[ids] * self.word_gain[ids][..., None] + self.positions[: ids.shape[1]]
+        x = self.words[ids] + self.positions[: ids.shape[1]]
         hide = torch.where(mask, 0.0, -1e4)[:, None, None, :]
         for layer in self.layers:
             x = layer(x, hide)
@@ -90,6 +91,9 @@ class Student(nn.Module):
 
     def tag(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         x, hide = self.trunk(ids, mask)
+        x = F.pad(self.tagger_norm0(x) * mask[..., None], (0, 0, 2, 2))
+        x = self.tagger_mix(torch.cat([x[:, n : n + ids.shape[1]] for n in range(5)], -1)).float()
+        x = x + self.tagger_positions[: ids.shape[1]]
         return self.tagger_heads(self.tagger_norm(self.tagger(x, hide))).float()
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -99,7 +103,7 @@ class Student(nn.Module):
         def keep(name: str, matrix: torch.Tensor) -> None:
             found[name], found[f"{name}.scale"] = quantized(matrix.detach().float().numpy())
 
-        keep("words", self.words * self.word_gain[:, None])
+        keep("words", self.words)
         keep("positions", self.positions)
         keep("project", self.project.weight.T)
         for name, layer in [*((f"layers.{n}", one) for n, one in enumerate(self.layers)), ("tagger", self.tagger)]:
@@ -108,6 +112,9 @@ class Student(nn.Module):
             found[f"{name}.norm1"] = layer.norm1.gain.detach().numpy()
             found[f"{name}.norm2"] = layer.norm2.gain.detach().numpy()
             found[f"{name}.up_bias"] = layer.up.bias.detach().numpy()
+        keep("tagger.mix", self.tagger_mix.weight.T)
+        keep("tagger.positions", self.tagger_positions)
+        found["tagger.norm0"] = self.tagger_norm0.gain.detach().numpy()
         found["tagger.norm"] = self.tagger_norm.gain.detach().numpy()
         found["tagger.heads"] = np.ascontiguousarray(self.tagger_heads.weight.detach().numpy().T)
         found["tagger.bias"] = self.tagger_heads.bias.detach().numpy()
@@ -178,7 +185,8 @@ def train(
     """Train for a time; continue from `checkpoint` where there is one, and leave the newest state there."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    learning = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
     used, step = 0.0, 0
     if checkpoint.exists():
         state = torch.load(checkpoint)
@@ -188,23 +196,22 @@ def train(
         rng.seed(seed + step)
         log.info("continuing at step %d after %.0f s", step, used)
     composer = Composer(functions, rng, held=False)
-    by_trade: dict[str, list[Function]] = {}
-    for function in functions:
-        by_trade.setdefault(function.trade, []).append(function)
+    trades = by_trade(functions)
     clock, saved, tokens = time.monotonic(), time.monotonic(), 0
     tokenized = lambda lines: [e.ids[:WINDOW] for e in tokenizer.encode_batch(lines, add_special_tokens=False)]  # noqa: E731
     while used < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 40) * max(0.02, 1 - used / seconds)
         with torch.autocast("cpu", torch.bfloat16):
-            ids, mask, wanted = texts.batch(1024)
-            got = student(ids, mask)
-            distilled = (1 - (got * wanted).sum(-1)).mean() + 4 * F.mse_loss(got @ got.T, wanted @ wanted.T)
-            tokens += ids.numel()
-            loss = 10 * distilled
-            labeled = tagged = torch.zeros(())
-            if step % 2 == 0:
-                batch = draw(functions, by_trade, rng, 16)
+            loss = distilled = labeled = tagged = torch.zeros(())
+            if student.layers:
+                ids, mask, wanted = texts.batch(1024)
+                got = student(ids, mask)
+                distilled = (1 - (got * wanted).sum(-1)).mean() + 4 * F.mse_loss(got @ got.T, wanted @ wanted.T)
+                tokens += ids.numel()
+                loss = 10 * distilled
+            if student.layers and step % 2 == 0:
+                batch = draw(functions, trades, rng, 16)
                 lines = [rng.choice(f.phrasings) for f in batch] + [card_text(f.card(rng)) for f in batch]
                 ids, mask = padded(tokenized(lines))
                 vectors = student(ids, mask)
@@ -230,15 +237,8 @@ def train(
         used += min(now - clock, 20.0)
         clock = now
         if step % 50 < 2:
-            log.info(
-                "step %d, %.0f s, %d tokens: distilled %.4f labels %.3f tags %.3f",
-                step,
-                used,
-                tokens,
-                distilled,
-                labeled,
-                tagged,
-            )
+            figures = [float(one.detach()) for one in (distilled, labeled, tagged)]
+            log.info("step %d, %.0f s, %d tokens: distilled %.4f labels %.3f tags %.3f", step, used, tokens, *figures)
         if now - saved > 240 or used >= seconds:
             saved = now
             torch.save(

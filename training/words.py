@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -57,7 +57,7 @@ def fit(
     tokenizer: Tokenizer,
     seconds: float,
     seed: int,
-    validate,  # noqa: ANN001
+    validate: Callable[[np.ndarray], float],
 ) -> np.ndarray:
     """The table that did best on `validate` (called with a table, higher is better) within a time."""
     rng, choose = random.Random(seed), np.random.default_rng(seed)
@@ -74,40 +74,42 @@ def fit(
     best, best_table = validate(table), table.copy()
     log.info("word table after the linear map: %.3f", best)
     squares = np.full(len(table), 1e-8, np.float32)
-    began, step = time.monotonic(), 0
-    while (used := time.monotonic() - began) < seconds:
+    began, step, used = time.monotonic(), 0, 0.0
+    while used < seconds:
         rate = 0.02 * max(0.1, 1 - used / seconds)
         chosen = choose.integers(0, len(rows), 192)
-        parts = [(texts.take(chosen), None)]
+        parts = [texts.take(chosen)]
         group = [number[f.id] for f in draw(functions, trades, rng, 48)]
         for source in (phrasings, cards):
             taken = [source[n].take(np.array([rng.randrange(len(source[n].size))])) for n in group]
             size = np.array([len(one[0]) for one in taken])
-            parts.append(((np.concatenate([one[0] for one in taken]), np.cumsum(size) - size, size), None))
-        (a, la), (q, lq), (c, lc) = (forward(table, *bag) for bag, _ in parts)
+            parts.append((np.concatenate([one[0] for one in taken]), np.cumsum(size) - size, size))
+        (a, la), (q, lq), (c, lc) = (forward(table, *bag) for bag in parts)
         scores = q @ c.T / 0.06
         p = np.exp(scores - scores.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         back = np.exp(scores - scores.max(0, keepdims=True))
         back /= back.sum(0, keepdims=True)
-        slope = (p + back - 2 * np.eye(len(group))) / 2 / len(group) / 0.06
+        slope = (p + back - 2 * np.eye(len(group), dtype=np.float32)) / 2 / len(group) / 0.06
         grads = [-wanted[chosen] / len(chosen) * 3, slope @ c, slope.T @ q]
         ids, values = [], []
-        for ((flat, _, size), _), unit, length, g in zip(parts, (a, q, c), (la, lq, lc), grads, strict=True):
+        for (flat, _, size), unit, length, g in zip(parts, (a, q, c), (la, lq, lc), grads, strict=True):
             inner = (g - unit * (g * unit).sum(1, keepdims=True)) / length / size[:, None]
             ids.append(flat)
             values.append(np.repeat(inner, size, axis=0))
-        rowids, inverse = np.unique(np.concatenate(ids), return_inverse=True)
-        total = np.zeros((len(rowids), table.shape[1]), np.float32)
-        np.add.at(total, inverse, np.concatenate(values).astype(np.float32))
+        flat = np.concatenate(ids)
+        order = np.argsort(flat, kind="stable")
+        rowids, first = np.unique(flat[order], return_index=True)
+        total = np.add.reduceat(np.concatenate(values).astype(np.float32)[order], first, axis=0)
         squares[rowids] += (total**2).mean(1)
         table[rowids] -= rate * total / np.sqrt(squares[rowids])[:, None]
         step += 1
-        if step % 150 == 0:
+        used = time.monotonic() - began
+        if step % 150 == 0 or used >= seconds:
             score = validate(table)
-            loss = -np.log(p[np.arange(len(group)), np.arange(len(group))] + 1e-9).mean()
+            labels = -np.log(np.diagonal(p) + 1e-9).mean()
             likeness = (a * wanted[chosen]).sum(1).mean()
-            log.info("word table: step %d, %.0f s, likeness %.3f, labels %.3f, held %.3f", step, used, likeness, loss, score)
+            log.info("word table: step %d, %.0f s, likeness %.3f, labels %.3f, held %.3f", step, used, likeness, labels, score)
             if score >= best:
                 best, best_table = score, table.copy()
     return best_table

@@ -445,9 +445,13 @@ class Puller:
         self._key = 0
 
     async def __aenter__(self) -> Puller:
-        self._inbox = self._link.inbox()
-        self._key = await self._link.subscribe(self._inbox, self._on_message)
-        return self
+        while True:
+            try:
+                self._inbox = self._link.inbox()
+                self._key = await self._link.subscribe(self._inbox, self._on_message)
+                return self
+            except Unavailable:  # the connection is just being built anew
+                await asyncio.sleep(0.2)
 
     async def __aexit__(self, *_: object) -> None:
         await self._link.unsubscribe(self._key)
@@ -466,7 +470,9 @@ class Puller:
                 continue
             while wanted:
                 try:
-                    msg = await asyncio.wait_for(self._arrived.get(), self.EXPIRES_S + self._GRACE_S)
+                    # Not `wait_for`, which in Python 3.11 can swallow a cancellation that comes together with a message.
+                    async with asyncio.timeout(self.EXPIRES_S + self._GRACE_S):
+                        msg = await self._arrived.get()
                 except TimeoutError:
                     break
                 # The server's own words have no reply subject. A header proves nothing: publishers write headers too.

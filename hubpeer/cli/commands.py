@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -169,6 +170,26 @@ async def _serve(context: Context, own: Settings) -> None:
     except asyncio.CancelledError:
         if not stop.is_set():
             raise
+    finally:
+        await _end_tasks()
+
+
+async def _end_tasks(within_s: float = 5.0) -> None:
+    """End what a closed hub has left behind, a reconnecting client's tasks above all. One that refuses to end must not keep the
+    process: everything that matters is closed and on disk by now."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        _, refusing = await asyncio.wait(left, timeout=within_s)
+        if refusing:
+            logging.getLogger("hubpeer").error("still running, given up: %s", ", ".join(t.get_name() for t in refusing))
+            failure = sys.exc_info()[1]
+            if failure is not None and not isinstance(failure, asyncio.CancelledError):
+                click.echo(f"error: {failure}", err=True)
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(REFUSED if failure is not None and not isinstance(failure, asyncio.CancelledError) else 0)
 
 
 @cli.command()

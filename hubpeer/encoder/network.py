@@ -1,7 +1,7 @@
 """The network: texts in, unit vectors and tags out. The only importer of numpy and tokenizers in this package.
 
-    token ids -> word table -> trunk (transformer layers) -> mean over the text -> unit vector
-                                                  `-> tagger (one more layer) -> boundary and tag of each token
+    token ids -> word table -> trunk (`Shape.layers` transformer layers) -> mean over the text -> unit vector
+                                                                    `-> tagger (one layer) -> boundary and tag of each token
 
 Weights are stored as int8 with one scale per row and become float32 at load, all but the word table: of it only the rows a
 text needs are ever unpacked. Texts are packed one behind the other, so nothing is spent on padding. `training/student.py`
@@ -93,7 +93,7 @@ class Network:
             return [], np.zeros(self.shape.width, np.float32)
         states, cuts = self._trunk([encoded.ids[window] for window in windows])
         vector = _unit(states[: cuts[1]].mean(0) @ self._dense["project"])
-        states = self._layer("tagger", states, cuts)
+        states = self._layer("tagger", self._beside(states, cuts), cuts)
         logits = _norm(states, self._dense["tagger.norm"]) @ self._dense["tagger.heads"] + self._dense["tagger.bias"]
         tagged = [
             Tagged(encoded.offsets[window], _sigmoid(logits[start:end, 0]), logits[start:end, 1:])
@@ -110,6 +110,16 @@ class Network:
         for number in range(self.shape.layers):
             states = self._layer(f"layers.{number}", states, cuts)
         return states, cuts
+
+    def _beside(self, states: Floats, cuts: list[int]) -> Floats:
+        """What the tagger starts from: every token with the two before and the two behind it, and its place."""
+        normed = _norm(states, self._dense["tagger.norm0"])
+        found = np.empty_like(states)
+        for start, end in itertools.pairwise(cuts):
+            wide = np.pad(normed[start:end], ((2, 2), (0, 0)))
+            near = np.concatenate([wide[n : n + end - start] for n in range(5)], axis=1)
+            found[start:end] = near @ self._dense["tagger.mix"] + self._dense["tagger.positions"][: end - start]
+        return found
 
     def _layer(self, name: str, states: Floats, cuts: list[int]) -> Floats:
         """Attention, then a two-layer net, each added to what came in."""
