@@ -52,7 +52,8 @@ def read(*arguments: str, hub: Hub | None = None) -> Any:
 COMMANDS = [
     [], ["up"], ["serve"], ["demo"], ["route"], ["plans"], ["plans", "list"], ["plans", "show"], ["plans", "approve"],
     ["plans", "cancel"], ["agents"], ["docs"], ["docs", "add"], ["docs", "ls"], ["docs", "show"], ["docs", "text"],
-    ["docs", "rm"], ["docs", "stats"], ["status"], ["doctor"],
+    ["docs", "rm"], ["docs", "stats"], ["status"], ["doctor"], ["eval"], ["eval", "routes"],
+    ["eval", "documents"], ["eval", "compare"],
 ]  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def test_every_command_explains_itself(command: list[str]) -> None:
     text = ok(*command, "--help")
     assert text.startswith("Usage: ")
     assert len(text.splitlines()) > 4
-    groups = ([], ["plans"], ["docs"])
+    groups = ([], ["plans"], ["docs"], ["eval"])
     assert command in groups or "--json" in text
 
 
