@@ -120,7 +120,7 @@ class Conductor:
             await self._js.publish_all(messages)
         except ApiError as exc:
             if exc.err_code != WRONG_LAST_SEQUENCE:
-                raise Unavailable("bus_unavailable", f"the steps cannot be published: {exc}") from exc
+                raise
             # Some are out already (we died, or another hub was faster): send the others one by one.
             for subject, data, headers in messages:
                 await self._publish_once(subject, data, headers)
@@ -131,7 +131,7 @@ class Conductor:
             await self._js.publish(subject, data, headers, expect_last=0)
         except ApiError as exc:
             if exc.err_code != WRONG_LAST_SEQUENCE:
-                raise Unavailable("bus_unavailable", f"{subject} cannot be published: {exc}") from exc
+                raise
 
     async def _announce(self, record: Record) -> None:
         outcome = plan.outcome(record)
@@ -151,14 +151,10 @@ class Conductor:
             except HubError as exc:  # the bus went away this very moment; it comes back
                 log.warning("plans are carried on later: %s", exc)
                 await asyncio.sleep(0.5)
-        gate = asyncio.Semaphore(32)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._sweep(), name="plan-sweep")
             async with Puller(self._link, RESULTS, RESULTS_CONSUMER, batch=64) as puller:
-                async for message in puller:
-                    await gate.acquire()
-                    task = tasks.create_task(self._take(message), name="result")
-                    task.add_done_callback(lambda _: gate.release())
+                await puller.feed(self._take, 32, tasks.create_task)
 
     async def _take(self, message: Message) -> None:
         """One result. What cannot be one goes to the DLQ with the reason; what can is applied, settled, acknowledged."""

@@ -23,13 +23,13 @@ from collections.abc import Callable
 from msgspec import UNSET, Struct
 
 from hubpeer import plan, taxonomy, wire
-from hubpeer.bus.jetstream import JetStream, Message, Puller
+from hubpeer.bus.jetstream import ApiError, JetStream, Message, Puller
 from hubpeer.bus.link import Link
 from hubpeer.bus.service import Endpoint, Reply, Request
 from hubpeer.bus.topology import DOCS, DOCS_CONSUMER
 from hubpeer.deadletter import DeadLetters
 from hubpeer.documents import Extractor
-from hubpeer.errors import BadRequest, Busy, DocumentRejected, HubError, StoreError, Unavailable, shown
+from hubpeer.errors import BadRequest, DocumentRejected, HubError, shown
 from hubpeer.model import DocAsk, Model
 from hubpeer.roster import Roster
 from hubpeer.settings import Settings
@@ -41,6 +41,8 @@ log = logging.getLogger("hubpeer.ingest")
 _sha256 = re.compile(r"[0-9a-fA-F]{64}")
 #: Reasons that may not hold another time: the same bytes are read again.
 _WORTH_ANOTHER_TRY = frozenset({"extraction_timeout", "extraction_memory", "extraction_crashed"})
+#: Reasons to wait for as long as it takes.
+_PASSES = frozenset({"store_full", "queue_full", "bus_unavailable"})
 
 
 class Incoming(Struct, frozen=True):
@@ -237,14 +239,10 @@ class Ingest:
         """Take documents from the stream, and categorize what is committed, until canceled."""
         for waiting in await self._stores.pending():
             self._to_categorize.put_nowait(waiting)
-        gate = asyncio.Semaphore(self._settings.documents.workers + 1)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._categorize_all(), name="categorize")
-            async with Puller(self._link, DOCS, DOCS_CONSUMER, batch=self._settings.documents.workers) as puller:
-                async for message in puller:
-                    await gate.acquire()
-                    task = tasks.create_task(self._take(message), name="document")
-                    task.add_done_callback(lambda _: gate.release())
+            async with Puller(self._link, DOCS, DOCS_CONSUMER) as puller:
+                await puller.feed(self._take, self._settings.documents.workers + 1, tasks.create_task)
 
     async def _take(self, message: Message) -> None:
         """One streamed document, to its receipt; then, and only then, the ack."""
@@ -270,12 +268,14 @@ class Ingest:
     async def _again(self, message: Message, exc: Exception) -> None:
         """Not this time: hand it back with a growing delay, or bury it when it has had its tries.
 
-        A full or failing store and an absent bus are not the document's fault and do not count as tries.
+        A full disk, a full queue and an absent bus pass, and are nobody's fault: they do not count as tries. A client's own
+        quota does not pass by itself, and documents that wait for it would hold up other clients': they are told at once.
         """
-        patient = isinstance(exc, StoreError | Unavailable | Busy)
+        code = exc.code if isinstance(exc, HubError) else "internal"
+        patient = code in _PASSES and not isinstance(exc, ApiError)
         log.warning("document %d of %s waits (%d. try): %s", message.sequence, DOCS, message.deliveries, exc)
         try:
-            if not patient and message.deliveries >= self._settings.documents.max_deliver:
+            if code == "quota_exceeded" or (not patient and message.deliveries >= self._settings.documents.max_deliver):
                 await self._bury(message, exc)
             else:
                 await message.nak(min(60.0, 2.0 ** min(message.deliveries, 6)))

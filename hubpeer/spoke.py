@@ -22,7 +22,7 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -194,16 +194,15 @@ class Spoke:
 
     async def _pull(self) -> None:
         assert self._registered is not None
-        gate = asyncio.Semaphore(self._concurrency)
+
+        def start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+            task = asyncio.create_task(work, name="step")
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
+            return task
+
         async with Puller(self.client.link, self._registered.stream, self._registered.consumer) as puller:
-            # Room first, then the step: one that waits here unacknowledged would be handed out again.
-            await gate.acquire()
-            async for message in puller:
-                task = asyncio.create_task(self._take(message), name="step")
-                self._working.add(task)
-                task.add_done_callback(self._working.discard)
-                task.add_done_callback(lambda _: gate.release())
-                await gate.acquire()
+            await puller.feed(self._take, self._concurrency, start)
 
     async def _take(self, message: Message) -> None:
         """One step: work, report, then acknowledge. Killed before the ack, the step is handed out again."""

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -458,6 +458,20 @@ class Puller:
 
     async def _on_message(self, msg: Msg) -> None:
         self._arrived.put_nowait(msg)
+
+    async def feed(
+        self,
+        take: Callable[[Message], Coroutine[Any, Any, None]],
+        at_once: int,
+        start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        """Hand every message to `take`, at most `at_once` at a time, each in a task that `start` makes; until canceled."""
+        gate = asyncio.Semaphore(at_once)
+        # Room first, then the message: one that waits here unacknowledged would be handed out again.
+        await gate.acquire()
+        async for message in self:
+            start(take(message)).add_done_callback(lambda _: gate.release())
+            await gate.acquire()
 
     async def __aiter__(self) -> AsyncIterator[Message]:
         while True:

@@ -70,10 +70,11 @@ def results_consumer() -> dict[str, Any]:
 
 def docs_consumer(settings: Settings) -> dict[str, Any]:
     """Deliveries are counted but not limited by the server, which would leave the message lying unacknowledged in a work
-    queue; the hub itself moves it to the DLQ after `documents.max_deliver`."""
+    queue; the hub itself moves it to the DLQ after `documents.max_deliver`. Documents handed back for later count as pending:
+    those of one client must not use up what all may have."""
     return {
         "durable_name": DOCS_CONSUMER, "filter_subject": "hub.docs.stream.*", "ack_policy": "explicit",
-        "deliver_policy": "all", "ack_wait": 30 * NS, "max_ack_pending": 4 * settings.documents.workers,
+        "deliver_policy": "all", "ack_wait": 30 * NS, "max_ack_pending": 1000,
     }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def _silent(*_: object) -> None:
 async def _question(url: str, asker: str, query: str, say: Any, quiet: bool) -> dict[str, Any]:
     async with Client(url, agent=asker) as hub:
         decision = await hub.route(query)
-        outcome = await hub.outcome(decision.plan_id, timeout_s=30)
+        outcome = await hub.outcome(decision.plan_id, timeout_s=120)
     if not quiet:
         say(f"[bold]{asker}[/] asks: {escape(query)}")
         show.plan(decision, outcome.steps)
@@ -119,6 +119,15 @@ async def _spokes(url: str) -> AsyncIterator[None]:
 
 
 async def _all_live(hub: Client) -> None:
-    async with asyncio.timeout(30):
-        while {a.agent for a in await hub.agents() if a.state == "live"} < set(SPOKES):
-            await asyncio.sleep(0.05)
+    """Wait for the spokes. Right after an installation the disk may be busy for a while, and everything with it."""
+    until = asyncio.get_running_loop().time() + 120
+    while True:
+        try:
+            if {a.agent for a in await hub.agents() if a.state == "live"} >= set(SPOKES):
+                return
+        except HubError as exc:
+            if exc.code != "deadline_passed":
+                raise
+        if asyncio.get_running_loop().time() > until:
+            raise HubError("deadline_passed", "the four spokes did not register within 120 s")
+        await asyncio.sleep(0.05)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import nats.errors
@@ -127,4 +130,53 @@ async def test_a_second_hub_on_the_same_data_is_refused(data: Path) -> None:
         Hub(data).start()
     async with bare(hub.url) as client:
         assert (await client.reply("hub.health"))["status"] == "ok"
+    assert hub.stop() == 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0])
+async def test_told_to_stop_while_its_server_is_gone_it_stops(data: Path, seconds: float) -> None:
+    hub = Hub(data).start()
+    server = _server_of(data)
+    os.kill(server, signal.SIGKILL)
+    await asyncio.sleep(seconds)  # not a wait: at which moment the order comes is what differs
+    assert hub.stop() == 0
+    assert not hub.family()
+    assert "Traceback" not in hub.log.read_text()
+
+
+def _server_of(data: Path) -> int:
+    """The process id of the NATS server a hub has started."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (process / "cmdline").read_bytes().split(b"\0")
+            if line[0].endswith(b"nats-server") and str(data).encode() in b" ".join(line):
+                return int(process.name)
+    raise AssertionError("no server runs")
+
+
+async def test_a_client_at_its_quota_is_told_and_holds_up_nobody(data: Path) -> None:
+    """Its documents do not wait in the stream for room that may never come."""
+    hub = Hub(data, environ={"HUBPEER_DOCUMENTS__QUOTA": str(4 * 1024 * 1024)}).start()
+    rng = random.Random(SEED)
+    async with bare(hub.url) as client:
+        for number in range(24):
+            text = f"{number} " + " ".join(f"{rng.getrandbits(64):016x}" for _ in range(30_000))
+            await client.js.publish("hub.docs.stream.full", text.encode())
+        await client.js.publish("hub.docs.stream.small", b"the small client's document")
+        receipts = await client.js.pull_subscribe("hub.docs.receipt.>", stream="RECEIPTS")
+        codes: list[str] = []
+        other: list[str] = []
+        async with asyncio.timeout(60):
+            while len(codes) < 10 or not other:
+                for msg in await receipts.fetch(20, timeout=60):
+                    receipt = json.loads(msg.data)
+                    if receipt["status"] == "error":
+                        codes.append(receipt["error"]["code"])
+                    elif ".small." in msg.subject:
+                        other.append(receipt["state"])
+            while (await client.js.stream_info("DOCS")).state.messages:
+                await asyncio.sleep(0.05)
+        assert set(codes) == {"quota_exceeded"}
+        letters = await client.js.stream_info("DLQ")
+        assert letters.state.messages >= len(codes)
     assert hub.stop() == 0
