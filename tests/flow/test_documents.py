@@ -17,7 +17,7 @@ from tests.flow.running import Bare
 
 #: Files that nobody of this project wrote.
 CORPUS = [
-    p for kind in ("pdf", "docx") for p in sorted(Path(os.environ.get("HUBPEER_CORPUS", os.devnull)).rglob(f"*.{kind}"))[:10]
+    p for kind in ("pdf", "docx") for p in sorted(Path(os.environ.get("TEST_CORPUS", os.devnull)).rglob(f"*.{kind}"))[:10]
 ]
 
 KINDS = {
@@ -217,7 +217,7 @@ async def test_a_full_backlog_is_refused_to_its_publisher_only(client: Bare) -> 
     assert info.config.max_msgs_per_subject and info.config.max_msgs_per_subject > 0
 
 
-@pytest.mark.skipif(len(CORPUS) < 20, reason="HUBPEER_CORPUS names no folder with ten PDF and ten DOCX files")
+@pytest.mark.skipif(len(CORPUS) < 20, reason="TEST_CORPUS names no folder with ten PDF and ten DOCX files")
 async def test_twenty_real_files_end_in_one_terminal_state_each(client: Bare) -> None:
     terminal: dict[str, list[str]] = {}
 

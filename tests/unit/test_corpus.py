@@ -13,10 +13,10 @@ from hubpeer.documents import Extractor
 from hubpeer.errors import STATUS, DocumentRejected
 from hubpeer.settings import Documents
 
-FILES = sorted(path for path in Path(os.environ.get("HUBPEER_CORPUS", os.devnull)).glob("**/*") if path.is_file())
+FILES = sorted(path for path in Path(os.environ.get("TEST_CORPUS", os.devnull)).glob("**/*") if path.is_file())
 
 
-@pytest.mark.skipif(not FILES, reason="HUBPEER_CORPUS names no folder with documents")
+@pytest.mark.skipif(not FILES, reason="TEST_CORPUS names no folder with documents")
 async def test_every_file_ends_in_one_way() -> None:
     extractor = Extractor(Documents(timeout_s=12.0))
     await extractor.start()
