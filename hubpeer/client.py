@@ -27,7 +27,7 @@ from hubpeer.bus import Msg
 from hubpeer.bus.jetstream import ApiError, JetStream
 from hubpeer.bus.link import Access, Link
 from hubpeer.errors import HubError
-from hubpeer.wire import Outcome, Receipt, RoutingDecision
+from hubpeer.wire import Outcome, Receipt, ReplayReply, RoutingDecision
 
 R = TypeVar("R", bound=Struct)
 
@@ -144,6 +144,11 @@ class Client:
     async def plans(self, state: wire.PlanState | None = None, limit: int = 50) -> list[wire.PlanSummary]:
         body = wire.encode(wire.PlanList(state, limit))
         return (await self.ask(wire.PlanListReply, f"hub.plans.list.{self._me()}", body)).plans
+
+    async def replay(self, plan_id: str) -> ReplayReply:
+        """One of our plans decided again, from what it was decided from; nothing is kept."""
+        body = wire.encode(wire.PlanQuery(plan_id))
+        return await self.ask(ReplayReply, f"hub.plans.replay.{self._me()}", body)
 
     async def plan(self, verb: str, plan_id: str, reason: str | None = None) -> wire.PlanStatus:
         """`show`, `cancel` or `approve` a plan of ours."""

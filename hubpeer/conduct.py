@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
@@ -49,6 +49,8 @@ class Conductor:
         self._clock = clock
         self._due: set[str] = set()  #: ids of plans of which something still has to be published
         self._running: set[str] = set()  #: ids of plans that have not ended, as far as this hub knows
+        #: What others answer about a plan of the asker's, by verb.
+        self.verbs: dict[str, Callable[[Record, Request], Awaitable[Reply]]] = {}
 
     # ── beginning ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -213,17 +215,19 @@ class Conductor:
         return [Endpoint("plans", "hub.plans.*.*", self.answer, owner=3, metadata=metadata)]
 
     async def answer(self, request: Request) -> Reply:
-        """show, list, cancel or approve: plans of one's own only; another's is as unknown as one that never was."""
+        """show, list, cancel, approve, replay: plans of one's own only; another's is as unknown as one that never was."""
         verb, asker = request.tokens[2], wire.agent_token(request.tokens[3])
         if verb == "list":
             return await self._list(asker, wire.decode(wire.PlanList, request.data))
-        if verb not in ("show", "cancel", "approve"):
-            raise BadRequest("unknown_operation", f"hub.plans has no {shown(verb)!r}: show, list, cancel, approve")
+        if verb not in ("show", "cancel", "approve", *self.verbs):
+            raise BadRequest("unknown_operation", f"hub.plans has no {shown(verb)!r}: show, list, cancel, approve, replay")
         body = wire.decode(wire.PlanQuery, request.data)
         plan_id = wire.id_token(body.plan_id, "bad_plan_id")
         record = await self.find(plan_id)
         if record is None or record.decision.requesting_agent != asker:
             raise HubError("not_found", f"{asker} has no plan {plan_id}")
+        if verb in self.verbs:
+            return await self.verbs[verb](record, request)
         if verb == "cancel":
             _, record = await self._change(plan_id, lambda r: plan.cancel(r, body.reason, self._clock()))
             # Steps nobody has taken yet are taken back; one that is being worked on ends in a report that changes nothing.

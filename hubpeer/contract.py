@@ -37,6 +37,7 @@ CHANNELS: Final = (
     Channel("plans_show", "hub.plans.show.{agent}", "request-reply", "One plan.", "plan_query", "plan_reply"),
     Channel("plans_cancel", "hub.plans.cancel.{agent}", "request-reply", "Call a plan off.", "plan_query", "plan_reply"),
     Channel("plans_approve", "hub.plans.approve.{agent}", "request-reply", "Run a proposed plan.", "plan_query", "plan_reply"),
+    Channel("plans_replay", "hub.plans.replay.{agent}", "request-reply", "Decide again.", "plan_query", "plan_replay_reply"),
     Channel(
         "agents_register", "hub.agents.register.{agent}", "request-reply", "A card.", "agent_register", "agent_register_reply"
     ),

@@ -29,6 +29,7 @@ from hubpeer.bus.service import Endpoint, Reply, Request
 from hubpeer.bus.topology import DOCS, DOCS_CONSUMER
 from hubpeer.deadletter import DeadLetters
 from hubpeer.documents import Extractor
+from hubpeer.encoder import BuiltIn
 from hubpeer.errors import BadRequest, DocumentRejected, HubError, shown
 from hubpeer.model import DocAsk, Model
 from hubpeer.roster import Roster
@@ -82,6 +83,7 @@ class Ingest:
         stores: Stores,
         extractor: Extractor,
         model: Model | None,
+        encoder: BuiltIn | None,
         roster: Roster,
         letters: DeadLetters,
         clock: Callable[[], float] = time.time,
@@ -92,6 +94,7 @@ class Ingest:
         self._stores = stores
         self._extractor = extractor
         self._model = model
+        self._encoder = encoder
         self._roster = roster
         self._letters = letters
         self._clock = clock
@@ -327,13 +330,15 @@ class Ingest:
 
     async def _ask(self, stored: Stored, text: str) -> Categorization:
         names = sorted(self._roster.states())
+        ask = DocAsk(stored.client, text, self._taxonomy, names, stored.title or "", stored.filename, stored.headings)
         if self._model is not None:
-            ask = DocAsk(stored.client, text, self._taxonomy, names, stored.title or "", stored.filename, stored.headings)
             try:
                 return await self._model.categorize(ask, None)
             except HubError as exc:
-                self.counts[f"rules_{exc.code}"] += 1
+                self.counts[f"not_by_model_{exc.code}"] += 1
                 log.warning("document %s: the model did not categorize: %s", stored.document_id, exc)
+        if self._encoder is not None:
+            return await asyncio.to_thread(self._encoder.categorize, ask)
         return await asyncio.to_thread(
             taxonomy.by_rules, text, stored.title or "", stored.filename, stored.headings, self._taxonomy, names
         )

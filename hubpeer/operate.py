@@ -16,6 +16,7 @@ from hubpeer.bus.topology import STREAMS
 from hubpeer.conduct import Conductor
 from hubpeer.deadletter import DeadLetters
 from hubpeer.documents import Extractor
+from hubpeer.encoder import BuiltIn
 from hubpeer.errors import HubError
 from hubpeer.ingest import Ingest
 from hubpeer.model import Model
@@ -52,6 +53,7 @@ class Operations:
         stores: Stores,
         extractor: Extractor,
         model: Model | None,
+        encoder: BuiltIn | None,
         letters: DeadLetters,
         differences: list[Difference],
     ) -> None:
@@ -66,6 +68,7 @@ class Operations:
         self._stores = stores
         self._extractor = extractor
         self._model = model
+        self._encoder = encoder
         self._letters = letters
         self._differences = differences
         self._started = time.monotonic()
@@ -88,25 +91,32 @@ class Operations:
 
     async def health(self) -> wire.Health:
         """`ok`, or `degraded` with what is wrong; the hub answers in both cases."""
-        model = self._model.status() if self._model is not None else None
+        model = self._model_status()
         failing = self._stores.status().get("failing") or {}
         checks = {
             "core_connection": "ok" if self._core.connected else "down",
             "front_connection": "ok" if self._front.connected else "down",
             "jetstream": await _state(self._jetstream_answers),
             "stores": f"{len(failing)} failing" if failing else "ok",
-            "model": "none" if model is None else "ok" if model.get("loaded") else "not loaded",
+            "model": "none" if model["model_name"] == "none" else "ok" if model["loaded"] else "not loaded",
             "configuration": f"{len(self._differences)} differences" if self._differences else "ok",
         }
         good = all(value in ("ok", "none") for value in checks.values())
         return wire.Health("ok" if good else "degraded", checks)
+
+    def _model_status(self) -> dict[str, Any]:
+        """Of what answers first; the encoder behind a language model shows as its `encoder`."""
+        encoder = self._encoder.status() if self._encoder is not None else None
+        if self._model is not None:
+            return {**self._model.status(), "encoder": encoder}
+        return encoder or {"model_name": "none", "loaded": False}
 
     async def _jetstream_answers(self) -> None:
         await self._js.api("INFO", timeout_s=2)
 
     async def status(self) -> wire.StatusReply:
         resident, peak = memory_mb()
-        model = self._model.status() if self._model is not None else {"model_name": "none", "loaded": False}
+        model = self._model_status()
         endpoints = self._service.snapshot()
         health = await self.health()
         return wire.StatusReply(
@@ -117,8 +127,8 @@ class Operations:
             uptime_s=round(time.monotonic() - self._started, 1),
             memory_usage_mb=resident,
             memory_peak_mb=peak,
-            model_name=str(model.get("model_name", "none")),
-            model_loaded=bool(model.get("loaded")),
+            model_name=str(model["model_name"]),
+            model_loaded=bool(model["loaded"]),
             queue_size=self._service.in_flight,
             model=model,
             queue={"requests": self._service.in_flight, "uncategorized": self._ingest.uncategorized},

@@ -20,6 +20,7 @@ from hubpeer.bus.service import Service
 from hubpeer.conduct import Conductor
 from hubpeer.deadletter import DeadLetters
 from hubpeer.documents import Extractor
+from hubpeer.encoder import BuiltIn
 from hubpeer.errors import SettingsError
 from hubpeer.ingest import Ingest
 from hubpeer.operate import Operations
@@ -77,6 +78,8 @@ class Peer:
             llm = await model.open_model(settings.model)
             if llm is not None:
                 stack.push_async_callback(llm.close)
+            wanted = settings.model.name == "builtin" or (llm is not None and settings.model.encoder)
+            encoder = await asyncio.to_thread(BuiltIn.open) if wanted else None
 
             server: EmbeddedServer | None = None
             if not settings.nats.url:
@@ -102,8 +105,8 @@ class Peer:
             roster = Roster(core, js, settings)
             await roster.start()
             conductor = Conductor(core, js, settings, letters)
-            router = Router(settings, roster, conductor, llm)
-            ingest = Ingest(settings, core, js, stores, extractor, llm, roster, letters)
+            router = Router(settings, roster, conductor, llm, encoder)
+            ingest = Ingest(settings, core, js, stores, extractor, llm, encoder, roster, letters)
             service = Service(
                 front,
                 __version__,
@@ -113,8 +116,9 @@ class Peer:
                 instance=instance,
                 description="Turns questions into plans and documents into records",
             )
+            edges = (core, front, js, service)
             operations = Operations(
-                core, front, js, service, roster, router, conductor, ingest, stores, extractor, llm, letters, differences
+                *edges, roster, router, conductor, ingest, stores, extractor, llm, encoder, letters, differences
             )
             await extractor_ready
             await service.start(

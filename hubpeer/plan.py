@@ -31,6 +31,7 @@ from hubpeer.wire import (
     StepOutcome,
     StepResult,
     StepState,
+    Trace,
     WorkflowType,
     iso,
 )
@@ -169,6 +170,20 @@ def build(
     )
 
 
+def differences(one: RoutingDecision, other: RoutingDecision | None) -> list[str]:
+    """In which of its choices a decision differs from another one (None: nobody fits)."""
+    if other is None:
+        return ["agents"]
+    graphs = [{step.agent: sorted(step.depends_on) for step in d.agents} for d in (one, other)]
+    found = {
+        "agents": graphs[0].keys() != graphs[1].keys(),
+        "order": graphs[0] != graphs[1],
+        "conflict_resolution": one.conflict_resolution != other.conflict_resolution,
+        "routing_method": one.routing_method != other.routing_method,
+    }
+    return [name for name, differs in found.items() if differs]
+
+
 def clean(text: str, limit: int) -> str:
     """Text as data: no control characters, one space between words, at most `limit` characters."""
     words = "".join(c if c.isprintable() else " " for c in text).split()
@@ -208,6 +223,7 @@ class Record(Struct, frozen=True):
     call_path: list[str] = []  #: the agents the question has visited, its asker last
     reason: str | None = None  #: why it was canceled or failed
     announced: bool = False  #: the outcome is in its stream
+    trace: Trace | None = None  #: what the decision was made from
 
     @property
     def plan_id(self) -> str:
@@ -219,7 +235,13 @@ class Record(Struct, frozen=True):
 
 
 def propose(
-    decision: RoutingDecision, context: dict[str, Any] | None, call_path: list[str], now: float, *, ceo_available: bool
+    decision: RoutingDecision,
+    context: dict[str, Any] | None,
+    call_path: list[str],
+    now: float,
+    *,
+    ceo_available: bool,
+    trace: Trace | None = None,
 ) -> Record:
     """A new record. Where the ceo decides and can be asked, and is not the asker, the ceo gets a last step over all results."""
     ids = {step.agent: str(number) for number, step in enumerate(decision.agents, start=1)}
@@ -229,7 +251,7 @@ def propose(
     if decision.conflict_resolution == "ceo_decides" and len(steps) > 1 and ceo_available and decision.requesting_agent != CEO:
         task = clean(f"Decide from all results: {decision.original_query}", 2000)
         steps.append(Step(DECIDE, CEO, task, [], [s.step_id for s in steps], since=now))
-    return Record(decision, "proposed", steps, now, now, context, call_path)
+    return Record(decision, "proposed", steps, now, now, context, call_path, trace=trace)
 
 
 def start(record: Record, now: float) -> Record:

@@ -9,20 +9,20 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
 
 import msgspec
 
-from hubpeer import keywords, plan, wire
+from hubpeer import __version__, keywords, plan, wire
 from hubpeer.bus.service import Endpoint, Reply, Request
 from hubpeer.conduct import Conductor
+from hubpeer.encoder import BuiltIn, Declined
 from hubpeer.errors import BadRequest, HubError, shown
 from hubpeer.model import Model, PlanAsk
 from hubpeer.plan import Draft, Question, Record, Rejected
 from hubpeer.roster import Roster
 from hubpeer.settings import Settings
-from hubpeer.wire import Card, RouteRequest, RoutingDecision, RoutingMethod
+from hubpeer.wire import Card, RouteRequest, RoutingDecision, RoutingMethod, Trace
 
 log = logging.getLogger("hubpeer.route")
 
@@ -41,14 +41,17 @@ class Router:
         roster: Roster,
         conductor: Conductor,
         model: Model | None,
+        encoder: BuiltIn | None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._settings = settings
         self._roster = roster
         self._conductor = conductor
         self._model = model
+        self._encoder = encoder
         self._clock = clock
         self.counts: Counter[str] = Counter()
+        conductor.verbs["replay"] = self.replay
 
     def endpoints(self) -> list[Endpoint]:
         metadata = {
@@ -72,63 +75,83 @@ class Router:
                 raise HubError("conflict", "this request id was used for another question")
             return _reply(known)
 
-        decision = await self._decide(asker, body, plan_id, request.deadline)
+        ask = self._ask(asker, body)
+        decision = await self._decide(ask, plan_id, request.deadline)
         if again := [step.agent for step in decision.agents if step.agent in visited]:
             path = " -> ".join([*visited, asker, again[0]])
             raise HubError("call_loop", f"the question would come back to {again[0]}: {path}")
 
         ceo = plan.CEO in self._roster.cards()
-        record = plan.propose(decision, body.context, [*visited, asker], self._clock(), ceo_available=ceo)
+        trace = self._trace(ask, decision) if self._settings.routing.record else None
+        record = plan.propose(decision, body.context, [*visited, asker], self._clock(), ceo_available=ceo, trace=trace)
         return _reply(await self._conductor.begin(record, dispatch=body.dispatch))
 
     # ── the ladder ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _decide(self, asker: str, body: RouteRequest, plan_id: str, deadline: float | None) -> RoutingDecision:
+    def _ask(self, asker: str, body: RouteRequest) -> PlanAsk:
         routing = self._settings.routing
-        question = Question(asker, body.query, routing.conflict_rules, routing.default_rule, routing.max_agents)
-        cards = self._roster.cards(asker)
-        why: str | None = None
-        if self._model is not None and cards:
+        return PlanAsk(asker, body.query, self._roster.cards(asker), routing.conflict_rules, routing.max_agents, body.context)
+
+    async def _decide(self, ask: PlanAsk, plan_id: str, deadline: float | None) -> RoutingDecision:
+        routing = self._settings.routing
+        question = Question(ask.asker, ask.query, ask.rules, routing.default_rule, ask.max_agents)
+        cards = ask.cards
+        why: str | None = None  # the rung above did not answer
+        for method, rung in self._rungs if cards else ():
             try:
-                draft = await self._ask_model(self._model, question, body.context, cards, deadline)
-                decision = self._build(draft, question, cards, "llm_intelligent", plan_id)
-                if isinstance(decision, RoutingDecision):
-                    return decision
-                why = f"rejected_{decision.reason}"
-                log.warning("plan %s: the model's draft is no plan: %s %s", plan_id, decision.reason, decision.detail)
+                decision = self._build(await rung(ask, deadline), question, cards, method, plan_id, why)
             except HubError as exc:
                 why = exc.code
-                log.warning("plan %s: the model did not answer: %s", plan_id, exc)
-        else:
-            why = "no_model" if self._model is None else "no_agents"
+                log.info("plan %s: not by %s: %s", plan_id, method, exc)
+                continue
+            if isinstance(decision, RoutingDecision):
+                return decision
+            why = f"rejected_{decision.reason}"
+            log.warning("plan %s: the draft of %s is no plan: %s %s", plan_id, method, decision.reason, decision.detail)
 
-        fallback = keywords.draft(body.query, asker, cards, routing.default_agents, routing.max_agents)
+        why = why or ("no_model" if cards else "no_agents")
+        defaults = routing.default_agents
+        if defaults is None:
+            defaults = [] if why == "no_match" else [plan.FINANCE, plan.CEO]
+        fallback = keywords.draft(ask.query, ask.asker, cards, defaults, ask.max_agents)
         if fallback is None:
             self.counts["no_match"] += 1
-            near = ", ".join(f"{a.agent} ({a.score:g})" for a in keywords.runners_up(body.query, cards))
+            near = ", ".join(f"{a.agent} ({a.score:g})" for a in keywords.runners_up(ask.query, cards))
             raise HubError("no_match", f"no agent fits; nearest: {near}" if near else "there is no other agent to ask")
-        if fallback.conflict_resolution not in routing.conflict_rules:
+        if fallback.conflict_resolution not in ask.rules:
             fallback = msgspec.structs.replace(fallback, conflict_resolution=None)
         decision = self._build(fallback, question, cards, "fallback_keywords", plan_id, why)
         if isinstance(decision, Rejected):
             raise AssertionError(f"the keyword rule broke a plan rule: {decision}")
         return decision
 
-    async def _ask_model(
-        self, model: Model, question: Question, context: dict[str, Any] | None, cards: dict[str, Card], deadline: float | None
-    ) -> Draft:
+    @property
+    def _rungs(self) -> Iterator[tuple[RoutingMethod, Callable[[PlanAsk, float | None], Awaitable[Draft]]]]:
+        if self._model is not None:
+            yield "llm_intelligent", self._ask_model
+        if self._encoder is not None:
+            yield "builtin_encoder", self._ask_encoder
+
+    async def _ask_model(self, ask: PlanAsk, deadline: float | None) -> Draft:
+        assert self._model is not None
         patience = self._settings.routing.deadline_s
         if deadline is not None:
             patience = min(patience, deadline - self._clock() - _RESERVE_S)
         if patience <= 0:
             raise HubError("deadline_passed", "no time is left for the model")
-        ask = PlanAsk(question.asker, question.query, cards, question.rules, question.max_agents, context)
         try:
             # The model honours the deadline itself; should it hang, we leave all the same.
             async with asyncio.timeout(patience + _RESERVE_S / 2):
-                return await model.plan(ask, time.monotonic() + patience)
+                return await self._model.plan(ask, time.monotonic() + patience)
         except TimeoutError:
             raise HubError("deadline_passed", f"the model did not answer within {patience:g} s") from None
+
+    async def _ask_encoder(self, ask: PlanAsk, _: float | None) -> Draft:
+        assert self._encoder is not None
+        found = await asyncio.to_thread(self._encoder.plan, ask)
+        if isinstance(found, Declined):
+            raise HubError("no_match", f"nobody fits ({found.confidence:.2f})")
+        return found
 
     def _build(
         self,
@@ -147,6 +170,41 @@ class Router:
         else:
             self.counts[f"rejected_{decision.reason}"] += 1
         return decision
+
+    # ── once more ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _trace(self, ask: PlanAsk, decision: RoutingDecision) -> Trace:
+        model = self._settings.model
+        by = {"llm_intelligent": self._model, "builtin_encoder": self._encoder}.get(decision.routing_method)
+        name, revision = (by.name, by.revision) if by is not None else ("keywords", __version__)
+        said = wire.encode_any([ask.asker, ask.query, ask.context])
+        return Trace(
+            hashlib.sha256(said).hexdigest(),
+            ask.cards,
+            ask.rules,
+            ask.max_agents,
+            name,
+            revision,
+            model.seed,
+            model.temperature,
+        )
+
+    async def replay(self, record: Record, request: Request) -> Reply:
+        """`hub.plans.replay.<agent>`: decide a plan's question again, from the cards it was decided from; nothing is kept."""
+        then = record.trace
+        if then is None:
+            raise HubError("not_found", "nothing was recorded with this plan; see routing.record")
+        old = record.decision
+        ask = PlanAsk(old.requesting_agent, old.original_query, then.cards, then.rules, then.max_agents, record.context)
+        now: RoutingDecision | None = None
+        try:
+            now = await self._decide(ask, record.plan_id, request.deadline)
+        except HubError as exc:
+            if exc.code != "no_match":
+                raise
+        today = self._trace(ask, now) if now is not None else None
+        changed = today is not None and (today.model, today.revision) != (then.model, then.revision)
+        return Reply(wire.encode(wire.ReplayReply(old, then, now, plan.differences(old, now), changed)))
 
 
 def _reply(record: Record) -> Reply:

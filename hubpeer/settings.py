@@ -80,8 +80,9 @@ class Service(_Section, frozen=True):
 
 class Routing(_Section, frozen=True):
     deadline_s: Seconds = 10.0  # the model must have answered by then, else the next rung does
-    #: Asked, in this order, where nothing fits; the asker itself is passed over. Empty: answer `no_match` instead.
-    default_agents: list[str] = field(default_factory=lambda: ["finance", "ceo"])
+    #: Asked, in this order, where nothing fits; the asker itself is passed over. Empty: answer `no_match` instead. Where it is
+    #: not set: `no_match` where the encoder has found nobody, finance and ceo where only keywords were looked for.
+    default_agents: list[str] | None = None
     conflict_rules: list[ConflictRule] = field(
         default_factory=lambda: ["finance_priority", "consensus_required", "ceo_decides"]
     )
@@ -89,6 +90,7 @@ class Routing(_Section, frozen=True):
     default_rule: ConflictRule = "consensus_required"
     max_agents: Annotated[int, Meta(ge=1, le=12)] = 6  # in one plan
     max_call_path: Annotated[int, Meta(ge=1, le=32)] = 8
+    record: bool = True  # keep with every plan what its decision was made from, for `hubpeer replay`
 
 
 class Plans(_Section, frozen=True):
@@ -106,9 +108,10 @@ class Agents(_Section, frozen=True):
 
 
 class Model(_Section, frozen=True):
-    """`none`, a folder, a hub name such as `meta-llama/Llama-3.2-1B-Instruct`, or `scripted:FILE`."""
+    """`builtin`, `none`, a folder, a hub name such as `meta-llama/Llama-3.2-1B-Instruct`, or `scripted:FILE`."""
 
-    name: str = "none"
+    name: str = "none"  # "builtin": the encoder inside the package; "none": rules alone
+    encoder: bool = False  # with a language model: the encoder answers where that one does not
     dtype: Literal["int8", "bf16", "fp32"] = "int8"
     threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as there are cores
     queue: Count = 32  # jobs that wait; one more falls to the next rung
@@ -218,7 +221,7 @@ def _checked(values: dict[str, Any], origin: str) -> Settings:
         settings = msgspec.convert(values, Settings, strict=True)
     except msgspec.ValidationError as exc:
         raise SettingsError(f"{origin}: {exc}{_allowed(str(exc))}") from None
-    for name in (*settings.cards, *settings.routing.default_agents):
+    for name in (*settings.cards, *(settings.routing.default_agents or ())):
         if TOKEN.fullmatch(name) is None:
             raise SettingsError(f"{origin}: {name!r} cannot be an agent's name ({TOKEN.pattern})")
     for name in settings.taxonomy:

@@ -326,7 +326,7 @@ class Outcome(_Reply, frozen=True):
 
 
 class PlanQuery(_Message, frozen=True):
-    """Body of `hub.plans.show`, `cancel` and `approve`."""
+    """Body of `hub.plans.show`, `cancel`, `approve` and `replay`."""
 
     plan_id: Name
     reason: Annotated[str, Meta(max_length=500)] | None = None
@@ -351,6 +351,31 @@ class PlanStatus(_Reply, frozen=True):
 
 class PlanReply(_Reply, frozen=True):
     plan: PlanStatus
+    status: Literal["success"] = "success"
+
+
+class Trace(_Reply, frozen=True):
+    """What a decision was made from, kept with its plan, so that it can be made again (`hub.plans.replay`)."""
+
+    input_sha256: str  # of asker, question and context
+    cards: dict[str, Card]  # of the agents that could be named
+    rules: list[ConflictRule]
+    max_agents: int
+    model: str
+    revision: str
+    seed: int
+    temperature: float
+
+
+class ReplayReply(_Reply, frozen=True):
+    """A decision as it was made and as it would be made now, from the same input and cards; `differences` names the fields
+    that differ (agents, order, conflict_resolution, routing_method), `model_changed` whether another model decides now."""
+
+    recorded: RoutingDecision
+    trace: Trace
+    now: RoutingDecision | None
+    differences: list[str]
+    model_changed: bool
     status: Literal["success"] = "success"
 
 
@@ -644,6 +669,7 @@ MESSAGES: Final[dict[str, type[Struct]]] = {
     "plan_query": PlanQuery,
     "plan_list": PlanList,
     "plan_reply": PlanReply,
+    "plan_replay_reply": ReplayReply,
     "plan_list_reply": PlanListReply,
     "agent_register": Register,
     "agent_presence": Presence,

@@ -166,7 +166,9 @@ class Link:
                 return
             except (OSError, NoServersError, TimeoutError, Error) as exc:
                 text = f"{exc} {self.last_error}".lower()
-                if "authorization" in text or "authentication" in text or "nkey" in text or "user credentials" in text:
+                refused = ("authorization", "authentication", "nkey", "user credentials")
+                # A timeout says that one of the two was too slow, not that the credentials are wrong.
+                if any(word in text for word in refused) and "timeout" not in text:
                     raise SettingsError(f"{self._access.url} refuses these credentials: {exc}") from exc
                 if isinstance(exc, ssl.SSLError) or "certificate" in text:
                     raise SettingsError(f"{self._access.url}: TLS: {exc}") from exc

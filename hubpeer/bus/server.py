@@ -190,6 +190,7 @@ jetstream {{
   {sync}
 }}
 authorization {{
+  timeout: 10
   users: [
     {{ user: "hub-core", password: "{self.core_password}" }}
     {{ user: "hub-front", password: "{self.front_password}", permissions: {{

@@ -108,7 +108,9 @@ def cli(
 def hub_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--log", type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."),
-        click.option("--model", metavar="MODEL", help="none, a folder, a hub name, or scripted:FILE (default: none)."),
+        click.option(
+            "--model", metavar="MODEL", help="builtin, none, a folder, a hub name, or scripted:FILE (default: none)."
+        ),
         click.option("--data", metavar="DIR", help="Where everything is kept (default: ./data)."),
     ):
         function = option(function)
@@ -279,6 +281,20 @@ def _plan_command(verb: str, text: str) -> None:
 _plan_command("show", "Show a plan and how far each step is.")
 _plan_command("approve", "Run a plan that was made with --dry-run.")
 _plan_command("cancel", "Call a plan off; steps nobody has taken yet are taken back.")
+
+
+@cli.command()
+@as_agent
+@click.argument("plan_id")
+@command
+async def replay(context: Context, agent: str, plan_id: str) -> None:
+    """Decide a plan's question again, from the cards of that time: does today's model decide the same?
+
+    Nothing is kept or published. The plan must be one of AGENT's and not older than `plans.keep_h`.
+    """
+    async with context.client(agent, 30.0) as hub:
+        found = await hub.replay(plan_id)
+    show.emit(found) if context.json else show.replay(found)
 
 
 @cli.command()

@@ -41,8 +41,8 @@ async def examine(settings: Settings, client: Callable[[], Client]) -> list[Chec
 
 
 def _packages(settings: Settings) -> Check:
-    wanted = ["lmdb", "pypdf", "docx", "lxml"]
-    if settings.model.name != "none" and not settings.model.name.startswith("scripted:"):
+    wanted = ["lmdb", "pypdf", "docx", "lxml", "numpy", "tokenizers"]
+    if settings.model.name not in ("builtin", "none") and not settings.model.name.startswith("scripted:"):
         wanted += ["torch", "transformers", "safetensors", "llguidance"]
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:

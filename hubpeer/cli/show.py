@@ -69,6 +69,27 @@ def plan(decision: wire.RoutingDecision, steps: list[wire.StepOutcome] | None = 
     console.print(tree)
 
 
+def replay(found: wire.ReplayReply) -> None:
+    """A decision as it was and as it would be."""
+    trace = found.trace
+    pairs(
+        {
+            "decided by": f"{trace.model} {trace.revision}" + (f", seed {trace.seed}" if trace.temperature else ""),
+            "input": f"sha256 {trace.input_sha256[:16]}..., {len(trace.cards)} cards: {', '.join(trace.cards)}",
+        }
+    )
+    plan(found.recorded)
+    if not found.differences:
+        changed = ", though another model decides now" if found.model_changed else ""
+        console.print(f"today the same{changed}")
+        return
+    console.print(f"today different in: {', '.join(found.differences)}")
+    if found.now is None:
+        console.print("nobody fits")
+    else:
+        plan(found.now)
+
+
 def _said(step: wire.StepOutcome) -> str:
     if step.error:
         return step.error

@@ -53,6 +53,11 @@ class Model(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def revision(self) -> str:
+        """Which weights these are: a short digest, or a version."""
+        ...
+
     async def plan(self, ask: PlanAsk, deadline: float) -> PlanDraft:
         """A draft before `deadline`. Raises `Busy("queue_full")`, `Unavailable("model_unavailable")` or
         `HubError("deadline_passed")`; canceling the call frees the model at its next step."""
@@ -77,11 +82,11 @@ class Model(Protocol):
 
 
 async def open_model(settings: config.Model) -> Model | None:
-    """The model that `settings.name` names, ready to answer; None for "none".
+    """The language model that `settings.name` names, ready to answer; None for "builtin" and "none".
 
     Raises `SettingsError` (the name or a package is wrong) or `Unavailable("model_unavailable")` (it cannot be had now).
     """
-    if settings.name == "none":
+    if settings.name in ("builtin", "none"):
         return None
     if settings.name.startswith("scripted:"):
         from hubpeer.model.scripted import ScriptedModel

@@ -55,6 +55,7 @@ class LocalModel:
         self._planner = Planner(self._words, layout, min(context, self._tokens))
         self._categorizer = Categorizer(self._words, layout, min(context, self._tokens // 2))
         self._weights: Weights | None = load_weights(folder, settings.dtype, self._cache)
+        self.revision = f"{self._weights.tensors.content.hexdigest()[:12]}-{settings.dtype}"
         self._load_s = time.monotonic() - began
         self._reloads = self._hangs = 0
         self._closed = threading.Event()
@@ -203,6 +204,7 @@ class LocalModel:
         figures = self._engine.figures()
         return {
             "model_name": self.name,
+            "revision": self.revision,
             "loaded": weights is not None and not self._engine.stopped,
             "dtype": self._settings.dtype,
             "threads": torch.get_num_threads(),

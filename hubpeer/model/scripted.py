@@ -42,6 +42,7 @@ class ScriptedModel:
     """See `hubpeer.model.Model`. `asked` keeps every ask in the order it came, for tests to look at."""
 
     name = "scripted"
+    revision = "script"
 
     def __init__(
         self,

@@ -128,6 +128,24 @@ async def test_wrong_credentials_are_a_wrong_setting(server: EmbeddedServer, use
         await Link(Access(server.url, "test", user=user, password=password)).open(wait_s=30)
 
 
+class Impatient(EmbeddedServer):
+    """A server that gives a client no time to log in, as one on a machine with too much to do."""
+
+    def _config(self) -> str:
+        assert "timeout: 10" in super()._config()
+        return super()._config().replace("timeout: 10", "timeout: 0.000001")
+
+
+async def test_a_login_that_took_too_long_is_tried_again(tmp_path: Path) -> None:
+    server = Impatient(Server(port=0, sync_always=False), tmp_path / "data")
+    await server.start()
+    try:
+        with pytest.raises(Unavailable):  # right credentials: not a wrong setting
+            await Link(Access(server.url, "test", user="hub-core", password=server.core_password)).open(wait_s=0.5)
+    finally:
+        await server.stop()
+
+
 async def test_no_server_is_waited_for_and_then_named() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -26,7 +26,7 @@ class Hub:
 
     def __init__(self, data: Path, *options: str, environ: dict[str, str] | None = None) -> None:
         self.data = data
-        self.options = options
+        self.options = options if "--model" in options else ("--model", "none", *options)
         self.environ = {k: v for k, v in os.environ.items() if not k.startswith("HUBPEER_")} | (environ or {})
         self.port = 0
         self.url = ""

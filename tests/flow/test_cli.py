@@ -51,7 +51,7 @@ def read(*arguments: str, hub: Hub | None = None) -> Any:
 
 COMMANDS = [
     [], ["up"], ["serve"], ["demo"], ["route"], ["plans"], ["plans", "list"], ["plans", "show"], ["plans", "approve"],
-    ["plans", "cancel"], ["agents"], ["docs"], ["docs", "add"], ["docs", "ls"], ["docs", "show"], ["docs", "text"],
+    ["plans", "cancel"], ["replay"], ["agents"], ["docs"], ["docs", "add"], ["docs", "ls"], ["docs", "show"], ["docs", "text"],
     ["docs", "rm"], ["docs", "stats"], ["status"], ["doctor"], ["eval"], ["eval", "routes"],
     ["eval", "documents"], ["eval", "compare"],
 ]  # fmt: skip
@@ -173,7 +173,7 @@ def test_signals_stop_all_it_started(data: Path, number: signal.Signals) -> None
 
 
 def test_a_signal_while_it_starts_stops_it_too(data: Path) -> None:
-    command = [sys.executable, "-m", "hubpeer", "up", "--port", "0", "--data", str(data)]
+    command = [sys.executable, "-m", "hubpeer", "up", "--port", "0", "--data", str(data), "--model", "none"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: (data / "nats-server.conf").exists(), "the server is being started")
     process.terminate()

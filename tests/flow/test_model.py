@@ -27,7 +27,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
     folder = tmp_path_factory.mktemp("model")
     stand_in.make(folder / "llama")
-    started = Hub(folder / "data", "--model", str(folder / "llama"), environ={"HUBPEER_ROUTING__DEADLINE_S": "60"}).start()
+    started = Hub(
+        folder / "data",
+        "--model",
+        str(folder / "llama"),
+        environ={"HUBPEER_ROUTING__DEADLINE_S": "60", "HUBPEER_MODEL__ENCODER": "false"},
+    ).start()
     yield started
     assert started.stop() == 0
     assert "Traceback" not in started.log.read_text()

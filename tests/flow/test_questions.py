@@ -275,12 +275,16 @@ SCRIPT = {
 }
 
 
+#: A short deadline, and behind the model nothing but the keyword rule.
+SCRIPTED = {"HUBPEER_ROUTING__DEADLINE_S": "1.5", "HUBPEER_MODEL__ENCODER": "false"}
+
+
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     folder = tmp_path_factory.mktemp("scripted")
     script = folder / "script.json"
     script.write_text(json.dumps(SCRIPT))
-    hub = Hub(folder / "data", "--model", f"scripted:{script}", environ={"HUBPEER_ROUTING__DEADLINE_S": "1.5"}).start()
+    hub = Hub(folder / "data", "--model", f"scripted:{script}", environ=SCRIPTED).start()
     yield hub
     assert hub.stop() == 0
 

@@ -499,3 +499,15 @@ def test_the_summary_of_a_plan_names_its_agents_and_its_question():
     assert (found.plan_id, found.state, found.agents, found.original_query) == (
         "p1", "running", ["finance", "sales"], QUESTION.query,
     )  # fmt: skip
+
+
+def test_two_decisions_differ_in_their_choices_not_in_their_words():
+    one = built("finance, sales < finance")
+    assert isinstance(one, RoutingDecision)
+    assert plan.differences(one, replace(one, reasoning="other words", plan_id="p2")) == []
+    assert plan.differences(one, replace(one, agents=[replace(s, task="other words") for s in one.agents])) == []
+    assert plan.differences(one, built("finance, sales")) == ["order"]
+    assert plan.differences(one, built("finance")) == ["agents", "order"]
+    assert plan.differences(one, replace(one, conflict_resolution="ceo_decides")) == ["conflict_resolution"]
+    assert plan.differences(one, replace(one, routing_method="builtin_encoder")) == ["routing_method"]
+    assert plan.differences(one, None) == ["agents"]

@@ -420,6 +420,13 @@ EXAMPLES: dict[str, Struct] = {
     "plan_query": wire.PlanQuery("p1", "changed my mind"),
     "plan_list": wire.PlanList("running", 10),
     "plan_reply": wire.PlanReply(wire.PlanStatus(DECISION, "done", OUTCOMES, AT, OUTCOME)),
+    "plan_replay_reply": wire.ReplayReply(
+        DECISION,
+        wire.Trace("0" * 64, {"sales": wire.Card(["deals"])}, ["ceo_decides"], 6, "builtin", "a1b2", 0, 0.0),
+        None,
+        ["agents"],
+        True,
+    ),
     "plan_list_reply": wire.PlanListReply([wire.PlanSummary("p1", "done", "single", ["sales"], "Should we?", AT)]),
     "agent_register": Register(["deals"], ["quotas"], "sells", 5.0, "host-1", "sales"),
     "agent_presence": Presence("host-1", "sales"),
