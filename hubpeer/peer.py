@@ -120,6 +120,7 @@ class Peer:
             operations = Operations(
                 *edges, roster, router, conductor, ingest, stores, extractor, llm, encoder, letters, differences
             )
+            router.expect()
             await extractor_ready
             await service.start(
                 [*router.endpoints(), *conductor.endpoints(), *roster.endpoints(), *ingest.endpoints(), *operations.endpoints()]

@@ -36,6 +36,7 @@ class Roster:
         self._clock = clock
         self._agents: dict[str, Agent] = {name: Agent(name, card, configured=True) for name, card in settings.cards.items()}
         self._consumers: set[str] = set()
+        self.changed: Callable[[], None] = lambda: None  #: called when a card has come, changed or gone
 
     async def start(self) -> None:
         """Follow the bucket, read what it holds, and make the consumers of the configured agents."""
@@ -55,7 +56,10 @@ class Roster:
 
     def _remember(self, agent: Agent) -> None:
         configured = agent.name in self._settings.cards
+        before = self._agents.get(agent.name)
         self._agents[agent.name] = msgspec.structs.replace(agent, configured=configured)
+        if before is None or (before.card, before.left) != (agent.card, agent.left):
+            self.changed()
 
     async def _keep(self, agent: Agent) -> None:
         await self._bucket.put(agent.name, msgspec.json.encode(agent))

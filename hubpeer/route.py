@@ -52,6 +52,13 @@ class Router:
         self._clock = clock
         self.counts: Counter[str] = Counter()
         conductor.verbs["replay"] = self.replay
+        roster.changed = self.expect
+
+    def expect(self) -> None:
+        """The cards have changed: let the model read them before somebody waits for it."""
+        if self._model is not None:
+            live = [name for name, state in self._roster.states().items() if state == "live"][:8]
+            self._model.expect([self._ask(name, RouteRequest("")) for name in live])
 
     def endpoints(self) -> list[Endpoint]:
         metadata = {

@@ -108,9 +108,7 @@ def cli(
 def hub_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--log", type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."),
-        click.option(
-            "--model", metavar="MODEL", help="builtin, none, a folder, a hub name, or scripted:FILE (default: none)."
-        ),
+        click.option("--model", metavar="MODEL", help="builtin, none, a folder, a hub name, or scripted:FILE (default: none)."),
         click.option("--data", metavar="DIR", help="Where everything is kept (default: ./data)."),
     ):
         function = option(function)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Final, cast, get_args
 
 from hubpeer.model import DocAsk
-from hubpeer.model.engine import Branch, Choice, Choose, Request, Story, Task, Text, Write
 from hubpeer.model.forward import units
 from hubpeer.model.grammar import line_grammar
 from hubpeer.model.planner import items, tidy
 from hubpeer.model.prompt import Layout, Words, filled, system_part, user_part
+from hubpeer.model.requests import Branch, Choice, Choose, Request, Story, Task, Text, Write
 from hubpeer.wire import Categorization, Sensitivity
 
 SENSITIVITIES: Final[tuple[Sensitivity, ...]] = get_args(Sensitivity)

@@ -11,13 +11,11 @@ the last of a list is done, the story goes on with their answers. Between two st
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -26,10 +24,24 @@ from torch import Tensor
 
 from hubpeer.errors import Busy, HubError, Unavailable
 from hubpeer.jobs import Kind, Limits, Line, Refused, Ticket
-from hubpeer.model import grammar
 from hubpeer.model.forward import SHORT, Feed, Forward, Memory, Node, units
 from hubpeer.model.load import Weights
 from hubpeer.model.prompt import Words
+from hubpeer.model.requests import (
+    Branch,
+    Choose,
+    Choosing,
+    Draw,
+    Request,
+    Row,
+    Space,
+    Story,
+    Task,
+    Text,
+    Write,
+    Writing,
+    reading,
+)
 
 log = logging.getLogger("hubpeer.model")
 
@@ -37,152 +49,12 @@ log = logging.getLogger("hubpeer.model")
 CHUNK: Final = 256
 
 
-# ── what stories ask for ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Branch:
-    """A line of text: what the model has read of it (`node`), and what is still to be read (`pending`)."""
-
-    __slots__ = ("logits", "node", "pending")
-
-    def __init__(self, node: Node, pending: Iterable[int] = ()) -> None:
-        self.node = node
-        self.pending = list(pending)
-        self.logits: Tensor | None = None  # [vocab], behind the last token, where that has been asked for
-
-    def add(self, tokens: Iterable[int]) -> None:
-        """Nothing runs yet: the tokens ride along with the next request on this branch."""
-        self.pending += tokens
-
-
-class Read(msgspec.Struct, frozen=True):
-    """Read what is pending. Answer: None."""
-
-    branch: Branch
-
-
-class Choose(msgspec.Struct, frozen=True):
-    """Which option comes behind `branch` and `lead`? Answer: `Choice`. The branch itself stays as it is."""
-
-    branch: Branch
-    options: list[list[int]]
-    lead: list[int] = []
-    ends: list[int] = []  # tokens that may come behind an option: they tell "sales" from the beginning of "sales-eu"
-
-
-class Choice(msgspec.Struct, frozen=True):
-    index: int
-    probabilities: list[float]  # of all options, adding up to 1
-
-
-class Write(msgspec.Struct, frozen=True):
-    """A text behind `branch` and `lead`, under a grammar, of at most `limit` tokens. Answer: `Text`."""
-
-    branch: Branch
-    lead: list[int]
-    grammar: str
-    limit: int
-
-
-class Text(msgspec.Struct, frozen=True):
-    tokens: list[int]  # what the model wrote and nothing else: never a token of the prompt
-    complete: bool  # it ended by itself, not at the limit
-
-
-Request = Read | Choose | Write
-Story = Generator[list[Request], list[Any], Any]
-
-
-class Task(msgspec.Struct, frozen=True):
-    """All the engine needs for one job."""
-
-    prefix: list[int]  # shared with every task that starts with the same tokens
-    line: int  # tokens the job's own line may grow to
-    beside: int  # tokens its branches would like; with less they run one after the other
-    widest: int  # the largest single branch
-    story: Callable[[Branch], Story]
-
-
-# ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Space:
-    """Which parts of a range are free; first fit, whole units."""
-
-    def __init__(self, first: int, size: int) -> None:
-        self._free = [(first, size)] if size else []
-        self.size = size
-
-    @property
-    def free(self) -> int:
-        return sum(size for _, size in self._free)
-
-    def take(self, tokens: int) -> int | None:
-        need = units(tokens)
-        for i, (first, size) in enumerate(self._free):
-            if size >= need:
-                self._free[i : i + 1] = [(first + need, size - need)] if size > need else []
-                return first
-        return None
-
-    def give(self, first: int, tokens: int) -> None:
-        self._free.append((first, units(tokens)))
-        merged: list[tuple[int, int]] = []
-        for start, size in sorted(self._free):
-            if merged and sum(merged[-1]) == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + size)
-            else:
-                merged.append((start, size))
-        self._free = merged
-
-
 class _Prefix:
     """The start of some prompts, read once."""
 
     def __init__(self, tokens: tuple[int, ...], node: Node) -> None:
         self.tokens, self.node, self.users = tokens, node, 0
-        self.row = _Row(tokens, node=node)
-
-
-class _Row:
-    """Tokens on their way through the model, and what to do with the logits behind the last of them."""
-
-    def __init__(
-        self,
-        tokens: Iterable[int],
-        node: Node | None = None,
-        parent: Branch | None = None,
-        more: int = 0,
-        settle: Callable[[Tensor], list[int]] | None = None,
-    ) -> None:
-        self.node, self.parent = node, parent
-        self.feed = list(tokens)
-        self.more = more  # tokens that may be written behind them
-        self.settle = settle  # logits [vocab] -> tokens to feed next; none: this row is done
-        self.done = False
-        self.place: tuple[int, int] | None = None  # what of the job's room it has taken
-
-    def begin(self, room: Space) -> bool:
-        """Find a place in memory; False where other branches of the job must end first."""
-        if self.node is not None:
-            return True
-        assert self.parent is not None
-        need = len(self.parent.pending) + len(self.feed) + self.more
-        if units(need) > room.size:
-            raise Unavailable("model_unavailable", "a branch grew past the room its job has asked for")
-        first = room.take(need)
-        if first is None:
-            return False
-        self.place = first, need
-        self.node = Node(first, units(need), self.parent.node)
-        self.feed = [*self.parent.pending, *self.feed]
-        return True
-
-    def end(self, room: Space) -> None:
-        self.done = True
-        if self.place is not None:
-            room.give(*self.place)
-            self.place = None
+        self.row = Row(tokens, node=node)
 
 
 class Job:
@@ -200,7 +72,7 @@ class Job:
         self.size = 0
         self.requests: list[Request] = []  # those that wait for a long stretch to be read
         self.answers: list[Callable[[], Any]] = []
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         self.used_s = 0.0
         self.drawn = 0  # random numbers handed out, so that each request has its own
 
@@ -374,13 +246,13 @@ class Engine:
         self.step_began = None
         return True
 
-    def _schedule(self, now: float) -> list[tuple[_Row, Job | None, Feed]]:
+    def _schedule(self, now: float) -> list[tuple[Row, Job | None, Feed]]:
         """Who leaves, who joins, and which rows go through the model now."""
         self._sweep(now)
         self._join()
         with self._lock:
             turn = self._line.turn(now)
-        batch: list[tuple[_Row, Job | None, Feed]] = []
+        batch: list[tuple[Row, Job | None, Feed]] = []
         left = CHUNK
         seen: set[int] = set()
         for job in sorted(self._running, key=lambda j: (j.ticket.kind, j.ticket.number)):
@@ -400,7 +272,7 @@ class Engine:
             self._read_ahead(batch)
         return batch
 
-    def _feed(self, batch: list[tuple[_Row, Job | None, Feed]], row: _Row, job: Job | None, left: int) -> int:
+    def _feed(self, batch: list[tuple[Row, Job | None, Feed]], row: Row, job: Job | None, left: int) -> int:
         """Put what fits of `row` into the batch. Short rows always fit: they are what others wait for."""
         count = len(row.feed)
         if count > SHORT:
@@ -412,10 +284,10 @@ class Engine:
         batch.append((row, job, Feed(row.node, row.feed[:count], wants=ends and row.settle is not None)))
         return count if count > SHORT else 0
 
-    def _run(self, batch: Sequence[tuple[_Row, Job | None, Feed]]) -> Tensor:
+    def _run(self, batch: Sequence[tuple[Row, Job | None, Feed]]) -> Tensor:
         return self.forward.run([feed for _, _, feed in batch])
 
-    def _settle(self, batch: Sequence[tuple[_Row, Job | None, Feed]], logits: Tensor, seconds: float) -> None:
+    def _settle(self, batch: Sequence[tuple[Row, Job | None, Feed]], logits: Tensor, seconds: float) -> None:
         """Hand every row its logits; go on with the stories whose requests are all answered."""
         total = sum(len(feed.tokens) for _, _, feed in batch)
         self._count(batch, total, seconds)
@@ -527,7 +399,7 @@ class Engine:
         del self._prefixes[prefix.tokens]
         self._space.give(prefix.node.first, len(prefix.tokens))
 
-    def _read_ahead(self, batch: list[tuple[_Row, Job | None, Feed]]) -> None:
+    def _read_ahead(self, batch: list[tuple[Row, Job | None, Feed]]) -> None:
         """Idle: one chunk of a prefix that will probably be wanted."""
         unfinished = self._unfinished()
         while unfinished is None:
@@ -557,7 +429,7 @@ class Engine:
                     first = False
                     # A long stretch is read once, by its own branch, before anything forks from it.
                     long = {id(r.branch): r.branch for r in job.requests if len(r.branch.pending) > SHORT}
-                    job.rows, job.answers = [_reading(branch) for branch in long.values()], []
+                    job.rows, job.answers = [reading(branch) for branch in long.values()], []
                     if job.rows:
                         return
                 requests, job.requests = job.requests, []
@@ -597,21 +469,25 @@ class Engine:
     def _begin(self, job: Job, request: Request) -> None:
         job.drawn += 1
         assert not isinstance(request, Write) or request.lead or request.branch.pending, "a text needs something before it"
-        draw = _Draw(self.temperature, f"{self.seed} {job.drawn}", job.task.prefix)
+        draw = Draw(self.temperature, f"{self.seed} {job.drawn}", job.task.prefix)
         if isinstance(request, Write):
-            writing = _Writing(self, request, draw)
-            job.rows.append(_Row(request.lead, parent=request.branch, more=request.limit, settle=writing.settle))
-            job.answers.append(writing.answer)
+            writing = Writing(self.words, request, draw)
+            job.rows.append(Row(request.lead, parent=request.branch, more=request.limit, settle=writing.settle))
+            job.answers.append(lambda: self._written(writing))
         elif isinstance(request, Choose):
-            choosing = _Choosing(request, draw)
+            choosing = Choosing(request, draw)
             job.rows += choosing.rows
             job.answers.append(choosing.answer)
         else:
             if request.branch.pending:
-                job.rows.append(_reading(request.branch))
+                job.rows.append(reading(request.branch))
             job.answers.append(lambda: None)
 
-    def _count(self, batch: Sequence[tuple[_Row, Job | None, Feed]], total: int, seconds: float) -> None:
+    def _written(self, writing: Writing) -> Text:
+        self.counts.forced_tokens += writing.forced
+        return writing.answer()
+
+    def _count(self, batch: Sequence[tuple[Row, Job | None, Feed]], total: int, seconds: float) -> None:
         c = self.counts
         c.steps += 1
         if any(len(feed.tokens) > SHORT for _, _, feed in batch):
@@ -620,120 +496,3 @@ class Engine:
         else:
             c.written_tokens += len(batch)
             c.written_s += seconds
-
-
-def _reading(branch: Branch) -> _Row:
-    def settle(logits: Tensor) -> list[int]:
-        branch.logits = logits
-        branch.pending = []
-        return []
-
-    return _Row(branch.pending, node=branch.node, settle=settle)
-
-
-class _Draw:
-    """Greedy, or random with numbers that depend on the seed, the prompt and the request only: never on who else runs."""
-
-    def __init__(self, temperature: float, salt: str, prompt: Sequence[int]) -> None:
-        self.temperature = temperature
-        self._random = None
-        if temperature:
-            digest = hashlib.sha256(f"{salt} {prompt}".encode()).digest()
-            self._random = random.Random(digest)  # noqa: S311  sampling, not secrecy
-
-    def pick(self, scores: Tensor) -> int:
-        """An index of `scores` [n]; -inf is never picked. Raises where nothing can be."""
-        best = int(scores.argmax())
-        if not scores[best].isfinite():
-            raise Unavailable("model_unavailable", "the model's figures are not numbers")
-        if self._random is None:
-            return best
-        upto = ((scores - scores[best]) / self.temperature).exp_().double().cumsum(0)
-        drawn = int(torch.searchsorted(upto, self._random.random() * float(upto[-1]), right=True))
-        return drawn if drawn < len(scores) and scores[drawn].isfinite() else best
-
-
-class _Writing:
-    """One text."""
-
-    def __init__(self, engine: Engine, request: Write, draw: _Draw) -> None:
-        self._counts = engine.counts
-        self._line = grammar.Line(engine.words, request.grammar)
-        self._limit, self._draw = request.limit, draw
-        self._tokens: list[int] = []
-        self._complete = False
-
-    def settle(self, logits: Tensor) -> list[int]:
-        token = self._draw.pick(logits.masked_fill(self._line.mask(), float("-inf")))
-        new = self._line.take(token)[: self._limit - len(self._tokens)]
-        self._counts.forced_tokens += max(0, len(new) - 1)
-        self._tokens += new
-        self._complete = not new or self._line.ended
-        return [] if self._complete or len(self._tokens) >= self._limit else new
-
-    def answer(self) -> Text:
-        return Text(self._tokens, self._complete)
-
-
-class _Choosing:
-    """One choice. Where options begin alike, the model is asked at every fork of the way, at all of them side by side."""
-
-    def __init__(self, request: Choose, draw: _Draw) -> None:
-        self._trie = grammar.options_trie(request.options)
-        self._count, self._ends, self._draw = len(request.options), request.ends, draw
-        self._logits: dict[tuple[int, ...], Tensor] = {}
-        self.rows: list[_Row] = []
-        branch = request.branch
-        forks = self._trie.forks()
-        if len(self._trie.children) > 1:
-            if request.lead:
-                self.rows.append(_Row(request.lead, parent=branch, settle=self._keep(())))
-            elif branch.pending:
-                read = _reading(branch)
-                keep, inner = self._keep(()), read.settle
-                assert inner is not None
-                read.settle = lambda logits: keep(logits) + inner(logits)
-                self.rows.append(read)
-            else:
-                assert branch.logits is not None, "nothing was read before this choice"
-                self._logits[()] = branch.logits
-        self.rows += [_Row([*request.lead, *fork.path], parent=branch, settle=self._keep(tuple(fork.path))) for fork in forks]
-
-    def _keep(self, path: tuple[int, ...]) -> Callable[[Tensor], list[int]]:
-        def settle(logits: Tensor) -> list[int]:
-            self._logits[path] = logits
-            return []
-
-        return settle
-
-    def answer(self) -> Choice:
-        probabilities = [0.0] * self._count
-        self._share(self._trie, 1.0, probabilities)
-        node = self._trie
-        while True:
-            ways = node.ways
-            way = ways[self._draw.pick(self._scores(node)) if len(ways) > 1 else 0]
-            if way == grammar.END:
-                break
-            node = node.children[way]
-        assert node.option is not None
-        return Choice(node.option, probabilities)
-
-    def _scores(self, node: grammar.Trie) -> Tensor:
-        """[ways] logits of the ways on from `node`."""
-        logits = self._logits[tuple(node.path)]
-        ends = [token for token in self._ends if token not in node.children]
-        if node.option is not None and not ends:
-            raise Unavailable("model_unavailable", "an option is the beginning of another, and nothing tells them apart")
-        return torch.stack([logits[ends].logsumexp(0) if way == grammar.END else logits[way] for way in node.ways])
-
-    def _share(self, node: grammar.Trie, mass: float, into: list[float]) -> None:
-        """Spread `mass` over the options below `node` by what the model thinks of each way on."""
-        ways = node.ways
-        shares = self._scores(node).softmax(0).tolist() if len(ways) > 1 else [1.0]
-        for way, share in zip(ways, shares, strict=True):
-            if way == grammar.END:
-                assert node.option is not None
-                into[node.option] = mass * share
-            else:
-                self._share(node.children[way], mass * share, into)

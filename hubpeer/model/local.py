@@ -19,11 +19,12 @@ from hubpeer.errors import HubError, SettingsError, Unavailable
 from hubpeer.jobs import Kind, Limits
 from hubpeer.model import DocAsk, PlanAsk, PlanDraft
 from hubpeer.model.categorizer import Categorizer
-from hubpeer.model.engine import Engine, Job, Task
+from hubpeer.model.engine import Engine, Job
 from hubpeer.model.folder import find
 from hubpeer.model.load import Weights, keep_pages, load_weights, read_shape, trim
 from hubpeer.model.planner import Planner
 from hubpeer.model.prompt import Words, read_layout
+from hubpeer.model.requests import Task
 from hubpeer.wire import Categorization
 
 log = logging.getLogger("hubpeer.model")

@@ -11,10 +11,10 @@ import itertools
 import json
 
 from hubpeer.model import DraftStep, PlanAsk, PlanDraft, card_set
-from hubpeer.model.engine import Branch, Choice, Choose, Request, Story, Task, Text, Write
 from hubpeer.model.forward import units
 from hubpeer.model.grammar import line_grammar
 from hubpeer.model.prompt import Layout, Words, filled, system_part, user_part
+from hubpeer.model.requests import Branch, Choice, Choose, Request, Story, Task, Text, Write
 from hubpeer.wire import Alternative, ConflictRule
 
 #: The question may take this many tokens; of a longer one the model reads the start and the end.

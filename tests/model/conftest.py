@@ -14,10 +14,11 @@ import torch
 from hubpeer import settings as config
 from hubpeer.jobs import Kind, Limits
 from hubpeer.model import PlanAsk, stand_in
-from hubpeer.model.engine import Engine, Job, Task
+from hubpeer.model.engine import Engine, Job
 from hubpeer.model.load import Weights, load_weights
 from hubpeer.model.planner import Planner
 from hubpeer.model.prompt import Layout, Words, read_layout
+from hubpeer.model.requests import Task
 
 torch.set_num_threads(1)  # tensors this small are slower in two threads, and CI has few cores
 

@@ -14,12 +14,13 @@ import torch
 from hubpeer.errors import Busy, HubError, Unavailable
 from hubpeer.jobs import Kind, Limits
 from hubpeer.model import engine as engines
-from hubpeer.model.engine import Branch, Choice, Choose, Engine, Read, Space, Story, Task, Text, Write
+from hubpeer.model.engine import Engine
 from hubpeer.model.forward import Feed, Forward, Memory, Node
 from hubpeer.model.grammar import Line, line_grammar, options_trie
 from hubpeer.model.load import Weights
 from hubpeer.model.planner import Planner
 from hubpeer.model.prompt import Words
+from hubpeer.model.requests import Branch, Choice, Choose, Read, Space, Story, Task, Text, Write
 
 from .conftest import Given, an_ask, hostile, is_clean, plan_of, rounded, run
 

@@ -10,9 +10,9 @@ import pytest
 
 from hubpeer import plan
 from hubpeer.model import DocAsk, PlanAsk, PlanDraft
-from hubpeer.model.engine import Task
 from hubpeer.model.planner import Planner, items, tidy
 from hubpeer.model.prompt import Words, filled
+from hubpeer.model.requests import Task
 from hubpeer.wire import Card
 
 from .conftest import RULES, Given, an_ask, hostile, is_clean, plan_of, run
