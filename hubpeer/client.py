@@ -121,7 +121,11 @@ class Client:
     async def _listen(self) -> None:
         if not self._listening:
             self._listening = True
-            await self.link.subscribe(f"hub.outcome.{self._me()}.*", self._on_outcome)
+            try:
+                await self.link.subscribe(f"hub.outcome.{self._me()}.*", self._on_outcome)
+            except BaseException:
+                self._listening = False
+                raise
 
     async def _on_outcome(self, msg: Msg) -> None:
         waiting = self._outcomes.get(msg.subject.rsplit(".", 1)[-1])

@@ -251,4 +251,4 @@ class Conductor:
 
     async def counts(self) -> dict[str, int]:
         """How many plans this hub knows to be running, and how many are kept in all."""
-        return {"running": len(self._running), "kept": len(await self._bucket.keys())}
+        return {"running": len(self._running), "kept": await self._bucket.count()}

@@ -365,6 +365,10 @@ class Bucket:
     async def keys(self) -> list[str]:
         return [s.removeprefix(self.prefix) for s in await self._js.subjects(f"KV_{self.name}", f"{self.prefix}>")]
 
+    async def count(self) -> int:
+        """How many keys there are, without reading them."""
+        return int((await self._js.stream_state(f"KV_{self.name}")).get("num_subjects", 0))
+
 
 class Message:
     """One pulled message; it is acknowledged exactly once, by whoever handles it."""

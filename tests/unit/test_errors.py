@@ -11,7 +11,7 @@ def test_a_code_is_a_lower_case_word_and_never_longer_than_a_header_needs():
 @pytest.mark.parametrize(
     ("code", "status"),
     [
-        # The numbers the blueprint promises, one code for each.
+        # The numbers the contract promises, one code for each.
         ("bad_json", 400),
         ("identity_mismatch", 403),
         ("not_found", 404),
