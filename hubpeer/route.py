@@ -118,7 +118,7 @@ class Router:
 
         why = why or ("no_model" if cards else "no_agents")
         defaults = routing.default_agents
-        if defaults is None:
+        if defaults == "auto":
             defaults = [] if why == "no_match" else [plan.FINANCE, plan.CEO]
         fallback = keywords.draft(ask.query, ask.asker, cards, defaults, ask.max_agents)
         if fallback is None:
