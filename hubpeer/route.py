@@ -117,9 +117,8 @@ class Router:
             log.warning("plan %s: the draft of %s is no plan: %s %s", plan_id, method, decision.reason, decision.detail)
 
         why = why or ("no_model" if cards else "no_agents")
-        defaults = routing.default_agents
-        if defaults == "auto":
-            defaults = [] if why == "no_match" else [plan.FINANCE, plan.CEO]
+        # Where the encoder has found nobody, a question is not pressed on somebody all the same.
+        defaults = [] if why == "no_match" and not routing.default_always else routing.default_agents
         fallback = keywords.draft(ask.query, ask.asker, cards, defaults, ask.max_agents)
         if fallback is None:
             self.counts["no_match"] += 1

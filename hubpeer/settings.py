@@ -80,9 +80,9 @@ class Service(_Section, frozen=True):
 
 class Routing(_Section, frozen=True):
     deadline_s: Seconds = 10.0  # the model must have answered by then, else the next rung does
-    #: Asked, in this order, where nothing fits; the asker itself is passed over. Empty: answer `no_match` instead. "auto":
-    #: `no_match` where the encoder has found nobody, finance and ceo where only keywords were looked for.
-    default_agents: list[str] | Literal["auto"] = "auto"
+    #: Asked, in this order, where no keyword matches; the asker itself is passed over. Empty: answer `no_match` instead.
+    default_agents: list[str] = field(default_factory=lambda: ["finance", "ceo"])
+    default_always: bool = False  # ask them even where the encoder has found nobody who fits
     conflict_rules: list[ConflictRule] = field(
         default_factory=lambda: ["finance_priority", "consensus_required", "ceo_decides"]
     )
@@ -221,8 +221,7 @@ def _checked(values: dict[str, Any], origin: str) -> Settings:
         settings = msgspec.convert(values, Settings, strict=True)
     except msgspec.ValidationError as exc:
         raise SettingsError(f"{origin}: {exc}{_allowed(str(exc))}") from None
-    defaults = settings.routing.default_agents
-    for name in (*settings.cards, *([] if defaults == "auto" else defaults)):
+    for name in (*settings.cards, *settings.routing.default_agents):
         if TOKEN.fullmatch(name) is None:
             raise SettingsError(f"{origin}: {name!r} cannot be an agent's name ({TOKEN.pattern})")
     for name in settings.taxonomy:

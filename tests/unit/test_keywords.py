@@ -9,7 +9,7 @@ from hubpeer.plan import Question, RoutingDecision
 from hubpeer.settings import DEFAULT_AGENTS, Routing
 from hubpeer.wire import Card
 
-DEFAULTS = ["finance", "ceo"]
+DEFAULTS = Routing().default_agents
 RULES = Routing().conflict_rules
 LEGAL = Card(["contract_review", "patent_law"], ["data_protection"])
 SUPPORT = Card(["ticket_handling"], ["refund_requests"])
