@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Bytecode is compiled when a module is first imported: most of what PyTorch brings never is.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: demo test check schemas bench clean
+.PHONY: demo test check schemas bench train clean
 
 demo: $(VENV)/.hub
 	@$(BIN)/hubpeer demo
@@ -26,6 +26,13 @@ schemas: $(VENV)/.hub
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench
+
+# The built-in encoder, from training/data to hubpeer/encoder; TEACHER is a folder with all-MiniLM-L6-v2. See training/README.md.
+TEACHER ?= build/all-MiniLM-L6-v2
+
+train: $(VENV)/.test
+	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_WAIT_POLICY=PASSIVE \
+		nice $(BIN)/python -m training --teacher $(TEACHER)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -110,8 +110,8 @@ class Agents(_Section, frozen=True):
 class Model(_Section, frozen=True):
     """`builtin`, `none`, a folder, a hub name such as `meta-llama/Llama-3.2-1B-Instruct`, or `scripted:FILE`."""
 
-    name: str = "none"  # "builtin": the encoder inside the package; "none": rules alone
-    encoder: bool = False  # with a language model: the encoder answers where that one does not
+    name: str = "builtin"  # the encoder inside the package; "none": rules alone
+    encoder: bool = True  # with a language model: the encoder answers where that one does not
     dtype: Literal["int8", "bf16", "fp32"] = "int8"
     threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as there are cores
     queue: Count = 32  # jobs that wait; one more falls to the next rung

@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from hubpeer.encoder.network import TAGS, card_text
+from hubpeer.encoder.network import TAGS
 from hubpeer.wire import Card
 
 DATA = Path(__file__).parent / "data"
 NONE = "none"
+GLUE = "glue"  #: words between clauses, before they are given to one
 LEVELS = ("first", "second", "third")
 RULES = ("finance_priority", "consensus_required", "ceo_decides")
 assert (NONE, *LEVELS, *RULES) == TAGS
@@ -45,6 +45,8 @@ TWINS = [
     tender_bids~proposal_desk lean_improvement~process_improvement~process_engineering farm_subsidies~subsidy_office
     quantity_surveying~construction grid_control~energy immigration_law~refugee_services""".split()
 ]
+#: Cards a function has. Few enough that the teacher reads each once.
+VARIANTS = 4
 DEFAULT_FOUR = ("finance", "marketing", "sales", "ceo")
 
 
@@ -58,9 +60,15 @@ class Function:
     phrasings: tuple[str, ...]
     decoys: tuple[str, ...]
     core: int  #: the first so many capabilities are its own names, the rest other names for the same
+    said: tuple[str, ...] = ()  #: what whole questions of the training side ask of it
 
     def card(self, rng: random.Random) -> Card:
         """A card somebody might write for it: some of its words, sometimes all the first names, sometimes a description."""
+        return self.variant(rng.randrange(VARIANTS))
+
+    def variant(self, number: int) -> Card:
+        """One of the `VARIANTS` cards it has."""
+        rng = random.Random(f"{self.id} {number}")
         if rng.random() < 0.4:
             capabilities = list(self.capabilities[: self.core])
         else:
@@ -125,6 +133,46 @@ def joins() -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Natural:
+    """A question written as a whole: its clauses in order as (text, tag, function), and functions it is near to but not for."""
+
+    text: str
+    clauses: tuple[tuple[str, str, str | None], ...]
+    near: tuple[str, ...]
+
+    @property
+    def mentions(self) -> set[str]:
+        return {function for _, _, function in self.clauses if function} | set(self.near)
+
+
+@cache
+def questions() -> list[Natural]:
+    rows = map(json.loads, (DATA / "questions.jsonl").read_text("utf-8").splitlines())
+    found = [
+        Natural(row["text"], tuple((c["text"], c["tag"], c["function"]) for c in row["clauses"]), tuple(row["near"]))
+        for row in rows
+    ]
+    return [one for one in found if one.mentions <= functions().keys()]
+
+
+def split_questions(held: Iterable[Function], seed: int, share: float = 0.15) -> tuple[list[Natural], list[Natural]]:
+    """To train on, and to validate on: those that mention a held function, and some of the rest."""
+    away, rng = {f.id for f in held}, random.Random(seed)
+    kept = {one.text for one in questions() if one.mentions & away or rng.random() < share}
+    return [one for one in questions() if one.text not in kept], [one for one in questions() if one.text in kept]
+
+
+def with_questions(among: Iterable[Function], asked: Iterable[Natural]) -> list[Function]:
+    """The functions, each with what these questions ask of it."""
+    said: dict[str, list[str]] = {}
+    for one in asked:
+        for text, _, function in one.clauses:
+            if function:
+                said.setdefault(function, []).append(text)
+    return [replace(f, said=tuple(said.get(f.id, ()))) for f in among]
+
+
 def twins(name: str) -> frozenset[str]:
     """A function and its doubles."""
     return frozenset(next((group for group in TWINS if name in group), [name]))
@@ -154,6 +202,7 @@ class Span:
     end: int
     tag: str
     agent: str | None = None
+    said: str = ""  #: the clause as it was written, without what joins it to others
 
 
 @dataclass(frozen=True)
@@ -165,10 +214,23 @@ class Asked:
     cards: dict[str, Card]
     edges: list[tuple[str, str]] = field(default_factory=list)
     rule: str | None = None
+    registry: dict[str, Function] = field(default_factory=dict)
+    natural: bool = False
+    foreign: bool = False  #: nobody's here, though it may be somebody's elsewhere
 
     @property
     def agents(self) -> set[str]:
         return {span.agent for span in self.spans if span.agent is not None}
+
+
+def edges_of(spans: Iterable[Span]) -> list[tuple[str, str]]:
+    """Each agent of a level depends on all agents of the level before it; an agent counts where it is asked first."""
+    level: dict[str, int] = {}
+    for span in spans:
+        if span.agent and span.tag in LEVELS:
+            level.setdefault(span.agent, LEVELS.index(span.tag))
+    steps = sorted(set(level.values()))
+    return [(a, b) for x, y in pairwise(steps) for a in level if level[a] == x for b in level if level[b] == y]
 
 
 #: Kind of question -> how often, and the level of each slot.
@@ -196,20 +258,56 @@ class Composer:
         self.decides = {rule: halves(phrases, held) for rule, phrases in joins()["decides"].items()}
         self.by_trade = by_trade(self.among)
 
-    def registry(self) -> dict[str, Function]:
-        """3 to 8 functions under made-up names, none the double of another; often several of one trade."""
-        rng, chosen = self.rng, dict[str, Function]()
-        size = rng.randint(3, 8)
-        seed = rng.choice(self.among)
-        near = [seed, *(f for f in self.by_trade[seed.trade] if f is not seed)]
-        taken: set[str] = set()
+    def registry(self, first: Sequence[Function] = (), near_to: Sequence[Function] = ()) -> dict[str, Function]:
+        """3 to 8 functions under made-up names, `first` among them, none the double of another; often several of one trade."""
+        rng = self.rng
+        chosen = [*first, *near_to]
+        size = max(rng.randint(3, 8), len(chosen))
+        taken = {name for function in chosen for name in twins(function.id)}
+        seed = rng.choice(chosen or self.among)
+        near = [seed, *(f for f in self.by_trade.get(seed.trade, ()) if f is not seed)] if not near_to else []
         while len(chosen) < size:
-            function = rng.choice(near) if rng.random() < 0.4 else rng.choice(self.among)
-            near = [f for f in near if f is not function] or self.among
+            function = rng.choice(near) if near and rng.random() < 0.4 else rng.choice(self.among)
+            near = [f for f in near if f is not function]
             if function.id not in taken:
                 taken |= twins(function.id)
-                chosen[made_up_name(rng, chosen)] = function
-        return chosen
+                chosen.append(function)
+        rng.shuffle(chosen)
+        named: dict[str, Function] = {}
+        for function in chosen:
+            named[made_up_name(rng, named)] = function
+        return named
+
+    def natural(self, one: Natural) -> Asked:
+        """A whole question among the cards it needs and some others; the default four are often among themselves."""
+        rng, known = self.rng, functions()
+        wanted = list(dict.fromkeys(known[name] for _, _, name in one.clauses if name))
+        near = [known[name] for name in one.near]
+        if one.mentions <= set(DEFAULT_FOUR) and rng.random() < 0.5:
+            wanted, near = [known[name] for name in DEFAULT_FOUR], []
+        registry = self.registry(wanted, near)
+        name_of = {function.id: name for name, function in registry.items()}
+        starts, at = [], 0
+        for words, _, _ in one.clauses:
+            starts.append(one.text.index(words, at))
+            at = starts[-1] + len(words)
+        cuts = pairwise([0, *starts[1:], len(one.text)])
+        spans = [
+            Span(start, end, tag, name_of[function] if function else None, words)
+            for (start, end), (words, tag, function) in zip(cuts, one.clauses, strict=True)
+        ]
+        cards = {name: function.card(rng) for name, function in registry.items()}
+        rule = next((span.tag for span in spans if span.tag in RULES), None)
+        return Asked(
+            one.text,
+            spans,
+            cards,
+            edges_of(spans),
+            rule,
+            registry,
+            natural=True,
+            foreign=not any(function for _, _, function in one.clauses),
+        )
 
     def ask(self) -> Asked:
         """One question."""
@@ -218,7 +316,8 @@ class Composer:
         registry = self.registry()
         cards = {name: function.card(rng) for name, function in registry.items()}
         if kind == "nobody":
-            return self._finish([(self._nobody(registry), None, None)], cards, None)
+            words, tag = self._nobody(registry)
+            return self._finish([Piece(words, tag, None, words)], registry, cards, None)
         levels = KINDS[kind][1]
         agents = rng.sample(list(registry), len(levels))
         slots = {
@@ -232,65 +331,76 @@ class Composer:
         rule = None
         if rng.random() < (0.25 if len(agents) > 1 else 0.04):
             rule = rng.choice(RULES)
-            decider = (rng.choice(self.decides[rule]), rule, None)
-            pieces = [*pieces, (rng.choice([". ", "; ", " - ", ", and "]), NONE, None), decider]
-        by_level: dict[int, list[str]] = {}
-        for agent, level in zip(agents, levels, strict=True):
-            by_level.setdefault(int(level), []).append(agent)
-        edges = [(a, b) for level in by_level for a in by_level.get(level - 1, []) for b in by_level[level]]
-        return self._finish(pieces, cards, rule, edges, registry)
+            decider = Piece(rng.choice(self.decides[rule]), rule)
+            pieces = [*pieces, Piece(rng.choice([". ", "; ", " - ", ", and "]), GLUE), decider]
+        return self._finish(pieces, registry, cards, rule)
 
-    def _nobody(self, registry: dict[str, Function]) -> str:
+    def _nobody(self, registry: dict[str, Function]) -> tuple[str, str]:
+        """A text that is no agent's, and its tag: talk is nothing to anybody, a request may only be to somebody else."""
         rng = self.rng
         present = {name for function in registry.values() for name in twins(function.id)}
         trades = {function.trade for function in registry.values()}
         chance = rng.random()
         if chance < 0.35:
-            return rng.choice(self.says["small_talk"])
+            return rng.choice(self.says["small_talk"]), NONE
         if chance < 0.5 and (decoys := [d for f in registry.values() for d in f.decoys]):
-            return rng.choice(decoys)
+            return rng.choice(decoys), NONE
         away = [f for f in self.among if f.id not in present and (f.trade not in trades or chance > 0.9)]
-        return rng.choice(rng.choice(away).phrasings)
+        return rng.choice(rng.choice(away).phrasings), LEVELS[0]
 
-    def _finish(
-        self,
-        pieces: list[tuple[str, str | None, str | None]],
-        cards: dict[str, Card],
-        rule: str | None,
-        edges: Iterable[tuple[str, str]] = (),
-        registry: dict[str, Function] | None = None,
-    ) -> Asked:
+    def _finish(self, pieces: list[Piece], registry: dict[str, Function], cards: dict[str, Card], rule: str | None) -> Asked:
         rng = self.rng
         if rng.random() < 0.2:
-            pieces = [(rng.choice(self.says["openers"]) + " ", NONE, None), *pieces]
-        if registry and rng.random() < 0.08:
+            pieces = [Piece(rng.choice(self.says["openers"]) + " ", NONE), *pieces]
+        if any(piece.agent for piece in pieces) and rng.random() < 0.08:
             decoys = [d for f in registry.values() for d in f.decoys]
             if decoys:
-                pieces = [(_ended(rng.choice(decoys)) + " ", NONE, None), *pieces]
+                pieces = [Piece(_ended(rng.choice(decoys)) + " ", NONE), *pieces]
         if rng.random() < 0.15:
-            pieces = [
-                *pieces,
-                (rng.choice([". ", ", ", " - ", "? "]), NONE, None),
-                (rng.choice(self.says["closers"]), NONE, None),
-            ]
+            closer = Piece(rng.choice(self.says["closers"]), NONE)
+            pieces = [*pieces, Piece(rng.choice([". ", ", ", " - ", "? "]), GLUE), closer]
         text, spans = "", []
-        for words, tag, agent in pieces:
-            if words:
-                spans.append(Span(len(text), len(text) + len(words), tag or LEVELS[0], agent))
-                text += words
-        return Asked(text, spans, cards, list(edges), rule)
+        for words, tag, agent, said in glued(pieces):
+            spans.append(Span(len(text), len(text) + len(words), tag, agent, said))
+            text += words
+        return Asked(text, spans, cards, edges_of(spans), rule, registry)
 
 
-def _filled(
-    template: str, slots: dict[str, tuple[str, str, str]], rng: random.Random
-) -> Iterable[tuple[str, str | None, str | None]]:
-    """A template's pieces: the clauses with tag and agent, and the words between them with none."""
+class Piece(NamedTuple):
+    """A stretch of a question being written."""
+
+    words: str
+    tag: str
+    agent: str | None = None
+    said: str = ""
+
+
+def glued(pieces: Sequence[Piece]) -> list[Piece]:
+    """What joins clauses goes to the clause behind it, but for its leading punctuation; at the end, to the one before."""
+    found: list[Piece] = []
+    waiting = ""
+    for number, piece in enumerate(pieces):
+        if piece.tag != GLUE:
+            found.append(piece._replace(words=waiting + piece.words))
+            waiting = ""
+            continue
+        joint = _leading.match(piece.words)
+        cut = len(piece.words) if number == len(pieces) - 1 else joint.end() if found and joint else 0
+        if cut and found:
+            found[-1] = found[-1]._replace(words=found[-1].words + piece.words[:cut])
+        waiting += piece.words[cut:]
+    return found
+
+
+def _filled(template: str, slots: dict[str, tuple[str, str, str]], rng: random.Random) -> Iterable[Piece]:
+    """A template's pieces: the clauses with tag and agent, and the words between them as glue."""
     pieces = [piece for piece in _slot.split(template) if piece]
     for number, piece in enumerate(pieces):
         if piece not in slots:
-            yield piece, NONE, None
+            yield Piece(piece, GLUE)
             continue
         words, tag, agent = slots[piece]
+        said = words
         last = number == len(pieces) - 1
         # Inside a sentence a clause loses its full stop, and mostly its question mark.
         if not last and (
@@ -299,7 +409,7 @@ def _filled(
             words = words[:-1]
         if number and len(words) > 1 and words[1].islower() and rng.random() < 0.8:
             words = words[0].lower() + words[1:]
-        yield words, tag, agent
+        yield Piece(words, tag, agent, said)
 
 
 def _ended(sentence: str) -> str:
@@ -335,21 +445,3 @@ def draw(functions: Sequence[Function], trades: dict[str, list[Function]], rng: 
                 chosen[function.id] = function
                 taken |= twins(function.id)
     return list(chosen.values())[:size]
-
-
-def clause_to_card(
-    encode: Callable[[list[str]], np.ndarray], functions: Sequence[Function], seed: int, count: int = 400
-) -> float:
-    """Share of phrasings whose own card is the nearest of five: the one figure that follows all of training."""
-    rng = random.Random(seed)
-    composer = Composer(functions, rng, held=True)
-    texts, cards = [], []
-    for _ in range(count):
-        registry = list(composer.registry().values())
-        while len(registry) < 5:
-            registry = list(composer.registry().values())
-        registry = registry[:5]
-        texts.append(rng.choice(registry[0].phrasings))
-        cards += [card_text(f.card(rng)) for f in registry]
-    asked, offered = encode(texts), encode(cards).reshape(count, 5, -1)
-    return float((np.einsum("nd,nkd->nk", asked, offered).argmax(1) == 0).mean())

@@ -108,7 +108,9 @@ def cli(
 def hub_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--log", type=click.Choice(["debug", "info", "warning", "error"]), help="How much to log."),
-        click.option("--model", metavar="MODEL", help="builtin, none, a folder, a hub name, or scripted:FILE (default: none)."),
+        click.option(
+            "--model", metavar="MODEL", help="builtin, none, a folder, a hub name, or scripted:FILE (default: builtin)."
+        ),
         click.option("--data", metavar="DIR", help="Where everything is kept (default: ./data)."),
     ):
         function = option(function)
@@ -193,7 +195,7 @@ async def _end_tasks(within_s: float = 5.0) -> None:
 
 
 @cli.command()
-@click.option("--model", metavar="MODEL", default="none", show_default=True, help="As for `up`.")
+@click.option("--model", metavar="MODEL", default="builtin", show_default=True, help="As for `up`.")
 @click.option("--keep", metavar="DIR", help="Keep the demo's data there (default: removed).")
 @command
 async def demo(context: Context, model: str, keep: str | None) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,9 +22,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hubpeer.encoder import reading
-from hubpeer.encoder.decide import Calibration, Clause, Declined, Likeness, clauses, decide, evidence, requests
-from hubpeer.encoder.network import Floats, Network, Shape, card_text, read_weights
-from hubpeer.encoder.reading import Examples
+from hubpeer.encoder.decide import Calibration, Clause, Declined, Likeness, Weighed, clauses, decide, evidence, joined, requests
+from hubpeer.encoder.network import RULES, Floats, Network, Shape, card_text, read_weights, unit
+from hubpeer.encoder.reading import Heads, no_heads
 from hubpeer.model import DocAsk, PlanAsk
 from hubpeer.plan import Draft
 from hubpeer.wire import Card, Categorization, Sensitivity
@@ -40,7 +41,8 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     shape: Shape
     fitted: Calibration
-    examples: list[tuple[str, Sensitivity]] = []  #: category and sensitivity of each row of the tensor "examples"
+    categories: list[str] = []  #: the columns of the tensor "categories"
+    sensitivities: list[Sensitivity] = []  #: the columns of the tensor "sensitivities"
 
 
 class BuiltIn:
@@ -48,10 +50,10 @@ class BuiltIn:
 
     name: Final = "builtin"
 
-    def __init__(self, network: Network, fitted: Calibration, examples: Examples | None = None, revision: str = "") -> None:
+    def __init__(self, network: Network, fitted: Calibration, heads: Heads | None = None, revision: str = "") -> None:
         self.network = network
         self.fitted = fitted
-        self.examples = examples or Examples(np.zeros((0, network.shape.width), np.float32), [])
+        self.heads = heads or no_heads(network.shape.width)
         self.revision = revision
         self._vectors: OrderedDict[str, Floats] = OrderedDict()
         self._lock = threading.Lock()
@@ -64,8 +66,10 @@ class BuiltIn:
         weights = read_weights(folder / "model.safetensors")
         network = Network(about.shape, weights, Tokenizer.from_file(str(folder / "tokenizer.json")))
         digest = hashlib.blake2b((folder / "model.safetensors").read_bytes(), digest_size=6)
-        examples = Examples(weights["examples"].astype(np.float32), about.examples) if about.examples else None
-        return cls(network, about.fitted, examples, digest.hexdigest())
+        heads = None
+        if about.categories:
+            heads = Heads(weights["categories"], about.categories, weights["sensitivities"], about.sensitivities)
+        return cls(network, about.fitted, heads, digest.hexdigest())
 
     # ── questions ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -73,28 +77,39 @@ class BuiltIn:
         """Who does what, in which order, who decides; or that nobody fits."""
         if not ask.cards or not ask.query.strip():
             return Declined("empty", 0.0, [])
-        windows, question = self.network.read(ask.query)
-        said = clauses(ask.query, windows, self.fitted.boundary)
-        asked = requests(ask.query, said)
-        speaks = [evidence(like, self.fitted) for like in self.likeness(asked, question, ask.cards)]
-        draft = decide(asked, said, speaks, list(ask.cards), ask.rules, ask.max_agents, self.fitted)
+        weighed = self.weigh(ask)
+        draft = decide(ask.query, weighed, list(ask.cards), ask.max_agents, self.fitted)
         if isinstance(draft, Declined):
             self._declined += 1
         else:
             self._answered += 1
         return draft
 
-    def likeness(self, asked: list[Clause], question: Floats, cards: dict[str, Card]) -> list[Likeness]:
+    def weigh(self, ask: PlanAsk) -> Weighed:
+        """What is asked, and what speaks for each agent."""
+        windows, question = self.network.read(ask.query)
+        said = clauses(ask.query, windows, self.fitted.boundary)
+
+        def weigh(asked: Sequence[Clause]) -> list[list[float]]:
+            return [evidence(like, self.fitted) for like in self.likeness(asked, question, ask.cards)]
+
+        asked, speaks = joined(requests(said), weigh, self.fitted)
+        rule = next((clause.tag for clause in said if clause.tag in RULES and clause.tag in ask.rules), None)
+        return Weighed(asked, speaks, rule)
+
+    def likeness(self, asked: Sequence[Clause], question: Floats, cards: dict[str, Card]) -> list[Likeness]:
         """Per clause, how like the cards it and the whole question (a vector) are."""
-        vectors = self.network.encode([clause.text for clause in asked])
+        vectors = unit(np.stack([clause.state for clause in asked]))
         words = [[word.replace("_", " ") for word in [*card.capabilities, *card.specialties]] for card in cards.values()]
-        vectors_of_cards = self.known([*map(card_text, cards.values()), *itertools.chain(*words)])
-        wholes = vectors_of_cards[: len(cards)]
-        terms = np.split(vectors_of_cards[len(cards) :], np.cumsum([len(one) for one in words])[:-1])
-        overall = (wholes @ question).tolist()
+        known = self.known([*map(card_text, cards.values()), *itertools.chain(*words)])
+        by_card = vectors @ known[: len(cards)].T
+        by_word = vectors @ known[len(cards) :].T
+        begins = np.cumsum([0, *map(len, words)])[:-1]
+        by_term = np.maximum.reduceat(by_word, begins, axis=1)
+        overall = (known[: len(cards)] @ question).tolist()
         return [
-            Likeness((wholes @ vector).tolist(), [float((term @ vector).max()) for term in terms], overall)
-            for vector in vectors
+            Likeness(card.tolist(), term.tolist(), overall, clause.talk)
+            for card, term, clause in zip(by_card, by_term, asked, strict=True)
         ]
 
     def known(self, texts: list[str]) -> Floats:
@@ -115,7 +130,7 @@ class BuiltIn:
     def categorize(self, ask: DocAsk) -> Categorization:
         """What a document is about, from its parts."""
         self._categorized += 1
-        return reading.categorize(ask, self.network.encode, self.known, self.examples, self.fitted)
+        return reading.categorize(ask, self.network.encode, self.known, self.heads, self.fitted)
 
     def status(self) -> dict[str, Any]:
         """Figures for `hub.status`."""

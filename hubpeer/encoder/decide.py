@@ -1,20 +1,22 @@
 """From scores to a plan. Pure: what the network said of a question's clauses and cards comes in, a draft goes out.
 
-A clause is whose card it is nearest to, or nobody's; the calibration (made on functions the network never saw) turns nearness
-into probabilities. Nothing here knows a trade, an agent or a cue word.
+A clause is whose card it is nearest to, or nobody's; neighbours that are not clearly two become one. The calibration (made on
+functions the network never saw) turns nearness into probabilities. Nothing here knows a trade, an agent or a cue word.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 import re
-from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from msgspec import Struct
 
-from hubpeer.encoder.network import LEVELS, RULES, TAGS, Tagged
+from hubpeer.encoder.network import LEVELS, TAGS, Floats, Tagged
 from hubpeer.plan import Draft, DraftStep
 from hubpeer.wire import Alternative
 
@@ -25,18 +27,60 @@ class Calibration(Struct, frozen=True, forbid_unknown_fields=True):
     card: float = 14.0  #: worth of a clause's likeness to a whole card
     term: float = 6.0  #: to the nearest of its capabilities and specialties
     question: float = 4.0  #: worth of the whole question's likeness to the card
+    talk: float = 0.0  #: worth of the tagger's doubt that it is a request at all
     bias: float = -9.0  #: below this much evidence a clause is nobody's
-    boundary: float = 0.5  #: from this probability on a clause begins
+    boundary: float = 0.3  #: from this probability on a clause may begin
+    #: Two neighbours are two agents' where a + b log odds(boundary) + c (what speaks against the other's agent in the first)
+    #: + d (in the second) > 0.
+    apart: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 0.0)
     in_scope: float = 0.3  #: a question none of whose clauses is somebody's with this probability is declined
+    weak: float = 0.3  #: beside others, a clause that is somebody's with less is left out
     sure: tuple[float, float, float] = (0.0, 1.0, 0.0)  #: confidence = sigmoid(a + b log(p) + c (agents - 1))
-    category: tuple[float, float, float] = (12.0, 4.0, 6.0)  #: of a document: worth of definition, words, examples
+    category: tuple[float, float, float] = (6.0, 4.0, 6.0)  #: of a document: worth of definition, words, head
+    own_category: tuple[float, float] = (12.0, 4.0)  #: the same in a taxonomy there is no head for
 
 
-class Clause(Struct, frozen=True):
-    """A stretch of a question that belongs together, and what it does there (one of `TAGS`)."""
+class Clause(NamedTuple):
+    """A stretch of a question that belongs together: where it stands, and sums over its tokens."""
 
-    text: str
-    tag: str
+    start: int
+    end: int
+    tokens: int
+    boundary: float  #: how likely it begins where it does
+    tags: Floats  #: logits over `TAGS`
+    state: Floats
+
+    @property
+    def tag(self) -> str:
+        return TAGS[int(self.tags.argmax())]
+
+    @property
+    def level(self) -> int:
+        """When it can start, if it is a request."""
+        return int(self.tags[_LEVELS].argmax())
+
+    @property
+    def talk(self) -> float:
+        """How much more the tagger sees none in it than a request."""
+        return float(self.tags[0] - self.tags[_LEVELS].max()) / self.tokens
+
+    def text(self, question: str) -> str:
+        return question[self.start : self.end].strip(" \t\n.,;:-–—")
+
+    def __add__(self, other: tuple[Any, ...]) -> Clause:
+        """Both as one."""
+        assert isinstance(other, Clause)
+        return Clause(
+            self.start,
+            other.end,
+            self.tokens + other.tokens,
+            self.boundary,
+            self.tags + other.tags,
+            self.state + other.state,
+        )
+
+
+_LEVELS: Final = slice(TAGS.index(LEVELS[0]), TAGS.index(LEVELS[-1]) + 1)
 
 
 class Likeness(NamedTuple):
@@ -45,6 +89,7 @@ class Likeness(NamedTuple):
     card: list[float]
     term: list[float]
     question: list[float]
+    talk: float = 0.0  #: `Clause.talk`
 
 
 class Declined(Struct, frozen=True):
@@ -56,20 +101,58 @@ class Declined(Struct, frozen=True):
 
 
 def clauses(text: str, windows: Sequence[Tagged], boundary: float) -> list[Clause]:
-    """Cut a question where the tagger says a clause begins; the tag of a clause is what its tokens say together."""
+    """Cut a question where the tagger says a clause may begin."""
     found: list[Clause] = []
     for window in windows:
-        starts = [0, *(n for n in range(1, len(window.offsets)) if window.boundary[n] >= boundary), len(window.offsets)]
-        for start, end in itertools.pairwise(starts):
-            words = text[window.offsets[start][0] : window.offsets[end - 1][1]].strip(" \t\n.,;:-–—")
-            if words:
-                found.append(Clause(words, TAGS[int(window.tags[start:end].mean(0).argmax())]))
+        n = len(window.offsets)
+        starts = [0, *(t for t in range(1, n) if window.boundary[t] >= boundary), n]
+        for a, b in itertools.pairwise(starts):
+            clause = Clause(
+                window.offsets[a][0],
+                window.offsets[b - 1][1],
+                b - a,
+                float(window.boundary[a]) if found else 1.0,
+                window.tags[a:b].sum(0),
+                window.states[a:b].sum(0),
+            )
+            if clause.text(text):
+                found.append(clause)
     return found
 
 
-def requests(text: str, found: Sequence[Clause]) -> list[Clause]:
-    """The clauses somebody is to answer; where the tagger saw none, the whole question is one."""
-    return [clause for clause in found if clause.tag in LEVELS] or [Clause(text.strip(), LEVELS[0])]
+def requests(found: Sequence[Clause]) -> list[Clause]:
+    """The clauses somebody is to answer; where the tagger saw none, all that was said is one."""
+    asked = [clause for clause in found if clause.tag in LEVELS]
+    return asked or [functools.reduce(operator.add, found)] if found else []
+
+
+#: What speaks for each agent, per clause.
+Weigh: TypeAlias = Callable[[Sequence[Clause]], list[list[float]]]
+
+
+def joined(asked: Sequence[Clause], weigh: Weigh, fitted: Calibration) -> tuple[list[Clause], list[list[float]]]:
+    """The requests after neighbours that are not clearly two agents' have become one, the least clear first; and what speaks
+    for each agent."""
+    found, speaks = list(asked), weigh(asked)
+    while len(found) > 1:
+        apart = [
+            sum(map(operator.mul, fitted.apart, doubts(second.boundary, a, b)))
+            for (_, second), (a, b) in zip(itertools.pairwise(found), itertools.pairwise(speaks), strict=True)
+        ]
+        n = min(range(len(apart)), key=apart.__getitem__)
+        if apart[n] > 0:
+            break
+        found[n : n + 2] = [found[n] + found[n + 1]]
+        speaks[n : n + 2] = weigh(found[n : n + 1])
+    return found, speaks
+
+
+def doubts(boundary: float, first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float, float]:
+    """What `Calibration.apart` weighs: 1, the boundary's log odds, and by how much each of two clauses prefers its own agent to
+    the other's (at most 10)."""
+    p = min(max(boundary, 1e-4), 1 - 1e-4)
+    a, b = (max(range(len(row)), key=row.__getitem__) for row in (first, second))
+    return 1.0, math.log(p / (1 - p)), min(first[a] - first[b], 10.0), min(second[b] - second[a], 10.0)
 
 
 def probabilities(evidence: Sequence[float]) -> list[float]:
@@ -80,32 +163,32 @@ def probabilities(evidence: Sequence[float]) -> list[float]:
     return [w / total for w in weights]
 
 
-def decide(
-    asked: Sequence[Clause],
-    said: Sequence[Clause],
-    evidence: Sequence[Sequence[float]],
-    agents: Sequence[str],
-    rules: Sequence[str],
-    max_agents: int,
-    fitted: Calibration,
-) -> Draft | Declined:
-    """The draft: each request goes to the agent it fits best, in the order the tagger read, or nobody fits.
+class Weighed(NamedTuple):
+    """What is asked; how much speaks for each request n being of agent m, as `speaks[n][m]`; who decides, where it is said."""
 
-    `evidence[n][m]` is how much speaks for request n being of agent m; `said` are all clauses, for who decides.
-    """
-    likely = [probabilities(row) for row in evidence]
+    asked: list[Clause]
+    speaks: list[list[float]]
+    rule: str | None = None
+
+
+def decide(question: str, weighed: Weighed, agents: Sequence[str], max_agents: int, fitted: Calibration) -> Draft | Declined:
+    """The draft: each request goes to the agent it fits best, in the order the tagger read, or nobody fits."""
+    asked, speaks, rule = weighed
+    if not asked:
+        return Declined("empty", 0.0, [])
+    likely = [probabilities(row) for row in speaks]
     best_of = {agent: max(row[m] for row in likely) for m, agent in enumerate(agents)}
+    ranked = sorted(agents, key=lambda agent: (-best_of[agent], agent))
+    if best_of[ranked[0]] < fitted.in_scope:
+        nearest = [Alternative(agent, round(best_of[agent], 3)) for agent in ranked[:3]]
+        return Declined("nobody_fits", round(1 - best_of[ranked[0]], 3), nearest)
     chosen: dict[str, tuple[int, float, list[str]]] = {}
     for clause, row in zip(asked, likely, strict=True):
         m = max(range(len(agents)), key=row.__getitem__)
-        if row[m] < fitted.in_scope:
+        if row[m] < fitted.weak and row[m] < best_of[ranked[0]]:
             continue
-        level, p, texts = chosen.get(agents[m], (LEVELS.index(clause.tag), 0.0, []))
-        chosen[agents[m]] = (level, max(p, row[m]), [*texts, clause.text])
-    ranked = sorted(agents, key=lambda agent: (-best_of[agent], agent))
-    if not chosen:
-        nearest = [Alternative(agent, round(best_of[agent], 3)) for agent in ranked[:3]]
-        return Declined("nobody_fits", round(1 - max(best_of.values(), default=0.0), 3), nearest)
+        level, p, texts = chosen.get(agents[m], (clause.level, 0.0, []))
+        chosen[agents[m]] = (level, max(p, row[m]), [*texts, clause.text(question)])
     kept = sorted(chosen, key=lambda agent: -chosen[agent][1])[:max_agents]
     levels = sorted({chosen[agent][0] for agent in kept})
     before = {level: [a for a in kept if chosen[a][0] == earlier] for earlier, level in itertools.pairwise(levels)}
@@ -115,7 +198,7 @@ def decide(
             for agent, (level, _, texts) in chosen.items()
             if agent in kept
         ],
-        conflict_resolution=next((c.tag for c in said if c.tag in RULES and c.tag in rules), None),
+        conflict_resolution=rule,
         reasoning="; ".join(f"{a}: \u201c{'. '.join(chosen[a][2])[:200]}\u201d ({chosen[a][1]:.2f})" for a in kept),
         confidence=confidence([chosen[agent][1] for agent in kept], fitted),
         alternatives=[Alternative(agent, round(best_of[agent], 3)) for agent in ranked if agent not in kept][:3],
@@ -131,9 +214,10 @@ def confidence(parts: Sequence[float], fitted: Calibration) -> float:
 
 def evidence(like: Likeness, fitted: Calibration) -> list[float]:
     """What speaks for each agent."""
+    common = fitted.bias + fitted.talk * like.talk
     return [
-        fitted.card * card + fitted.term * term + fitted.question * question + fitted.bias
-        for card, term, question in zip(*like, strict=True)
+        fitted.card * card + fitted.term * term + fitted.question * question + common
+        for card, term, question in zip(like.card, like.term, like.question, strict=True)
     ]
 
 

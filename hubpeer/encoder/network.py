@@ -1,10 +1,12 @@
 """The network: texts in, unit vectors and tags out. The only importer of numpy and tokenizers in this package.
 
-    token ids -> word table -> trunk (`Shape.layers` transformer layers) -> mean over the text -> unit vector
-                                                                    `-> tagger (one layer) -> boundary and tag of each token
+    token ids -> word table and positions -> `Shape.layers` post-LN BERT layers -> states, one per token
+    states -> mean over a text or a clause of it -> unit vector
+          `-> linear -> how likely a clause begins here, and what the token's clause does
 
+Post-LN BERT after Devlin et al. 2018 (arXiv 1810.04805), mean pooling after Reimers and Gurevych 2019 (arXiv 1908.10084).
 Weights are stored as int8 with one scale per row and become float32 at load, all but the word table: of it only the rows a
-text needs are ever unpacked. Texts are packed one behind the other, so nothing is spent on padding. `training/student.py`
+text needs are ever unpacked. Texts are packed one behind the other, so nothing is spent on padding. `training/bert.py`
 is the same network in torch; a test holds the two together.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,18 +40,19 @@ WINDOW: Final = 128
 class Shape(Struct, frozen=True, forbid_unknown_fields=True):
     """How large the network is."""
 
-    width: int = 256
-    heads: int = 4
-    layers: int = 2
-    inner: int = 1024
+    width: int = 384
+    heads: int = 12
+    layers: int = 3
+    inner: int = 1536
 
 
 class Tagged(NamedTuple):
-    """A text's tokens: where each stands, how likely a clause begins there, and its logits over `TAGS`."""
+    """A text's n tokens: where each stands, how likely a clause begins there, its logits over `TAGS`, its state (n, width)."""
 
     offsets: list[tuple[int, int]]
     boundary: Floats
     tags: Floats
+    states: Floats
 
 
 def card_text(card: Card) -> str:
@@ -67,11 +71,12 @@ class Network:
         self._dense = {
             name: _unpacked(name, weights)
             for name in weights
-            if not name.startswith(("words", "examples")) and not name.endswith(".scale")
+            if name not in ("words", "categories", "sensitivities") and not name.endswith(".scale")
         }
         self._tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        self._begin, self._end = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
 
     def encode(self, texts: Sequence[str]) -> Floats:
         """One unit vector per text, from its first `WINDOW` tokens. A text without tokens gets zeros."""
@@ -79,74 +84,82 @@ class Network:
         ids = [e.ids[:WINDOW] for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
         full = [n for n, one in enumerate(ids) if one]
         if full:
-            states, cuts = self._trunk([ids[n] for n in full])
+            states, cuts = self._states([ids[n] for n in full])
             for n, start, end in zip(full, cuts, cuts[1:], strict=False):
-                found[n] = states[start:end].mean(0)
-            found[full] = _unit(found[full] @ self._dense["project"])
+                found[n] = unit(states[start:end].mean(0))
         return found
 
     def read(self, text: str) -> tuple[list[Tagged], Floats]:
-        """The tags of a text, window by window, with offsets in characters of `text`; and its vector, as `encode` gives it."""
+        """The tokens of a text, window by window, with offsets in characters; and its vector, as `encode` gives it."""
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         windows = [slice(n, n + WINDOW) for n in range(0, len(encoded.ids), WINDOW)]
         if not windows:
             return [], np.zeros(self.shape.width, np.float32)
-        states, cuts = self._trunk([encoded.ids[window] for window in windows])
-        vector = _unit(states[: cuts[1]].mean(0) @ self._dense["project"])
-        states = self._layer("tagger", self._beside(states, cuts), cuts)
-        logits = _norm(states, self._dense["tagger.norm"]) @ self._dense["tagger.heads"] + self._dense["tagger.bias"]
-        tagged = [
-            Tagged(encoded.offsets[window], _sigmoid(logits[start:end, 0]), logits[start:end, 1:])
-            for window, (start, end) in zip(windows, itertools.pairwise(cuts), strict=True)
-        ]
-        return tagged, vector
+        states, cuts = self._states([encoded.ids[window] for window in windows])
+        logits = states @ self._dense["tags"] + self._dense["tags.bias"]
+        tagged = []
+        for window, (start, end) in zip(windows, itertools.pairwise(cuts), strict=True):
+            inside = slice(start + 1, end - 1)  # without [CLS] and [SEP]
+            tagged.append(Tagged(encoded.offsets[window], _sigmoid(logits[inside, 0]), logits[inside, 1:], states[inside]))
+        return tagged, unit(states[: cuts[1]].mean(0))
 
-    def _trunk(self, ids: Sequence[Sequence[int]]) -> tuple[Floats, list[int]]:
-        """States of all tokens, one text behind the other, and where each text begins (with the end of the last)."""
-        cuts = [0, *np.cumsum([len(one) for one in ids]).tolist()]
-        flat = np.fromiter((token for one in ids for token in one), np.int64, cuts[-1])
-        states = self._words[flat].astype(np.float32) * self._word_scale[flat].astype(np.float32)[:, None]
-        states += np.concatenate([self._dense["positions"][: len(one)] for one in ids])
+    def _states(self, ids: Sequence[Sequence[int]]) -> tuple[Floats, list[int]]:
+        """States of all tokens with [CLS] and [SEP], one text behind the other, and where each begins (and the last ends)."""
+        cuts = [0, *np.cumsum([len(one) + 2 for one in ids]).tolist()]
+        flat = np.array([token for one in ids for token in (self._begin, *one, self._end)])
+        x = self._words[flat].astype(np.float32) * self._word_scale[flat].astype(np.float32)[:, None]
+        x += np.concatenate([self._dense["positions"][: len(one) + 2] for one in ids])
+        self._norm("norm", x)
         for number in range(self.shape.layers):
-            states = self._layer(f"layers.{number}", states, cuts)
-        return states, cuts
+            self._layer(f"layers.{number}", x, cuts)
+        return x, cuts
 
-    def _beside(self, states: Floats, cuts: list[int]) -> Floats:
-        """What the tagger starts from: every token with the two before and the two behind it, and its place."""
-        normed = _norm(states, self._dense["tagger.norm0"])
-        found = np.empty_like(states)
-        for start, end in itertools.pairwise(cuts):
-            wide = np.pad(normed[start:end], ((2, 2), (0, 0)))
-            near = np.concatenate([wide[n : n + end - start] for n in range(5)], axis=1)
-            found[start:end] = near @ self._dense["tagger.mix"] + self._dense["tagger.positions"][: end - start]
-        return found
-
-    def _layer(self, name: str, states: Floats, cuts: list[int]) -> Floats:
-        """Attention, then a two-layer net, each added to what came in."""
-        heads, dense = self.shape.heads, self._dense
-        size = self.shape.width // heads
-        mixed = np.empty_like(states)
-        qkv = _norm(states, dense[f"{name}.norm1"]) @ dense[f"{name}.qkv"]
+    def _layer(self, name: str, x: Floats, cuts: list[int]) -> None:
+        """Attention within each text, then a two-layer net; after each the sum with what came in is normalised. In place."""
+        heads, size = self.shape.heads, self.shape.width // self.shape.heads
+        mixed = np.empty_like(x)
+        qkv = self._linear(f"{name}.qkv", x)
         for start, end in itertools.pairwise(cuts):
             q, k, v = qkv[start:end].reshape(-1, 3, heads, size).transpose(1, 2, 0, 3)
-            scores = q @ k.transpose(0, 2, 1) * np.float32(size**-0.5)
+            scores = q @ k.transpose(0, 2, 1)
+            scores *= np.float32(size**-0.5)
             scores -= scores.max(-1, keepdims=True)
             np.exp(scores, out=scores)
             scores /= scores.sum(-1, keepdims=True)
             mixed[start:end] = (scores @ v).transpose(1, 0, 2).reshape(end - start, -1)
-        states = states + mixed @ dense[f"{name}.out"]
-        inner = _norm(states, dense[f"{name}.norm2"]) @ dense[f"{name}.up"] + dense[f"{name}.up_bias"]
-        states += np.maximum(inner, 0, out=inner) @ dense[f"{name}.down"]
-        return states
+        x += self._linear(f"{name}.out", mixed)
+        self._norm(f"{name}.norm1", x)
+        x += self._linear(f"{name}.down", gelu(self._linear(f"{name}.up", x)))
+        self._norm(f"{name}.norm2", x)
+
+    def _linear(self, name: str, x: Floats) -> Floats:
+        found: Floats = x @ self._dense[name]
+        found += self._dense[f"{name}.bias"]
+        return found
+
+    def _norm(self, name: str, x: Floats) -> None:
+        """LayerNorm (Ba et al. 2016), in place."""
+        x -= x.mean(-1, keepdims=True)
+        x /= np.sqrt(np.einsum("nd,nd->n", x, x)[:, None] / np.float32(x.shape[1]) + np.float32(1e-12))
+        x *= self._dense[f"{name}.gain"]
+        x += self._dense[f"{name}.bias"]
 
 
-def _norm(x: Floats, gain: Floats) -> Floats:
-    """Root-mean-square normalisation (Zhang and Sennrich 2019)."""
-    scaled: Floats = x * (gain / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-5)))
-    return scaled
+def gelu(x: Floats) -> Floats:
+    """x times the normal distribution's integral up to x (Hendrycks and Gimpel 2016), by tanh, to within 5e-4."""
+    inner = x * x
+    inner *= np.float32(0.044715 * math.sqrt(2 / math.pi))
+    inner += np.float32(math.sqrt(2 / math.pi))
+    inner *= x
+    np.tanh(inner, out=inner)
+    inner += np.float32(1)
+    inner *= x
+    inner *= np.float32(0.5)
+    return inner
 
 
-def _unit(x: Floats) -> Floats:
+def unit(x: Floats) -> Floats:
+    """Scaled to length one."""
     scaled: Floats = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), np.float32(1e-9))
     return scaled
 
@@ -199,4 +212,6 @@ def write_weights(path: Path, weights: dict[str, npt.NDArray[Any]]) -> None:
         at += len(raw)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+    fresh = path.with_suffix(".part")  # whoever has the old file mapped keeps it
+    fresh.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
+    fresh.replace(path)

@@ -1,8 +1,8 @@
 """What a document is about: its parts compared with the categories' definitions, beside the words the rules look for.
 
 Three things speak for a category: the document is like its definition, it holds its words (`hubpeer.taxonomy`), and, for the
-categories we ship, it is like the examples of it that we wrote. An operator's own taxonomy does without the third and needs no
-training. The rules find names and the markers of sensitivity; where there is no marker, the nearest examples decide.
+categories we ship, a linear head learned from examples says so. An operator's own taxonomy does without the third and needs no
+training. The rules find names and the markers of sensitivity; where there is no marker, a second head decides.
 """
 
 from __future__ import annotations
@@ -30,11 +30,17 @@ PARTS: Final = 10
 _sentence = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 
 
-class Examples(NamedTuple):
-    """Documents of known kind, as vectors, with category and sensitivity."""
+class Heads(NamedTuple):
+    """What linear heads make of a document's vector with a one behind it: (width + 1, labels), and the labels."""
 
-    vectors: Floats
-    labels: list[tuple[str, Sensitivity]]
+    category: Floats
+    categories: list[str]
+    sensitivity: Floats
+    sensitivities: list[Sensitivity]
+
+
+def no_heads(width: int) -> Heads:
+    return Heads(np.zeros((width + 1, 0), np.float32), [], np.zeros((width + 1, 0), np.float32), [])
 
 
 def parts(text: str) -> list[str]:
@@ -46,21 +52,27 @@ def parts(text: str) -> list[str]:
     return [*head, *(rest[n * len(rest) // (PARTS - len(head))] for n in range(PARTS - len(head)))]
 
 
-def evidence(vectors: Floats, rules: Categorization, known: Taxonomy, encode: Encode, examples: Examples) -> Floats:
-    """What speaks for each category of a taxonomy, as (3, categories): its definition, its words, its examples."""
+def evidence(vectors: Floats, rules: Categorization, known: Taxonomy, encode: Encode, heads: Heads) -> Floats:
+    """What speaks for each category of a taxonomy: its definition, its words and, where it is the one we ship, the head, as
+    (3 or 2, categories)."""
     near = vectors @ encode([f"{name.replace('_', ' ')}: {category.definition}" for name, category in known.items()]).T
     found = {str(other["category"]): float(other["score"]) for other in rules.alternatives}
     found[rules.category] = max(0.0, 1 - sum(found.values())) if rules.confidence else 0.0
-    shipped = all(name in taxonomy.DEFAULT and taxonomy.DEFAULT[name].definition == c.definition for name, c in known.items())
-    alike = examples.vectors @ whole(vectors)
-    by_example = [
-        float(np.sort(alike[of])[-2:].mean())
-        if shipped and (of := [n for n, (category, _) in enumerate(examples.labels) if category == name])
-        else 0.0
-        for name in known
-    ]
-    words = [found.get(name, 0.0) for name in known]
-    return np.array([0.5 * near.mean(0) + 0.5 * near.max(0), words, by_example], np.float32)
+    speaks = [0.5 * near.mean(0) + 0.5 * near.max(0), np.array([found.get(name, 0.0) for name in known])]
+    if shipped(known) and set(known) <= set(heads.categories):
+        learned = extended(whole(vectors)) @ heads.category
+        speaks.append(learned[[heads.categories.index(name) for name in known]])
+    return np.array(speaks, np.float32)
+
+
+def shipped(known: Taxonomy) -> bool:
+    """Whether these are categories of ours, meant as we mean them."""
+    return all(name in taxonomy.DEFAULT and taxonomy.DEFAULT[name].definition == c.definition for name, c in known.items())
+
+
+def extended(vector: Floats) -> Floats:
+    """With a one behind it."""
+    return np.append(vector, np.float32(1))
 
 
 def whole(vectors: Floats) -> Floats:
@@ -69,7 +81,7 @@ def whole(vectors: Floats) -> Floats:
     return mean / np.float32(np.linalg.norm(mean) + 1e-9)
 
 
-def categorize(ask: DocAsk, encode: Encode, known: Encode, examples: Examples, fitted: Calibration) -> Categorization:
+def categorize(ask: DocAsk, encode: Encode, known: Encode, heads: Heads, fitted: Calibration) -> Categorization:
     """The category most speaks for, with summary, sensitivity and names. `known` encodes what comes again and again."""
     rules = taxonomy.by_rules(ask.text, ask.title, ask.filename, ask.headings, ask.taxonomy, ask.agents)
     fitting = {name: c for name, c in ask.taxonomy.items() if name != taxonomy.OTHER} or ask.taxonomy
@@ -78,15 +90,16 @@ def categorize(ask: DocAsk, encode: Encode, known: Encode, examples: Examples, f
     if not fitting or not read:
         return rules
     vectors = encode([*read, about] if about else read)
-    speaks = evidence(vectors, rules, fitting, known, examples)
-    found = shares(dict(zip(fitting, (np.array(fitted.category) @ speaks).tolist(), strict=True)))
+    speaks = evidence(vectors, rules, fitting, known, heads)
+    worth = np.array(fitted.category if len(speaks) == 3 else fitted.own_category)
+    found = shares(dict(zip(fitting, (worth @ speaks).tolist(), strict=True)))
     ranked = sorted(found, key=lambda name: -found[name])
     return msgspec.structs.replace(
         rules,
         category=ranked[0],
         confidence=round(found[ranked[0]], 3),
         summary=_summary(ask.text, vectors, encode) or rules.summary,
-        sensitivity=rules.sensitivity if rules.sensitivity != "internal" else _sensitivity(whole(vectors), examples),
+        sensitivity=rules.sensitivity if rules.sensitivity != "internal" else _sensitivity(whole(vectors), heads),
         relevant_agents=[agent for agent in ask.agents if agent in fitting[ranked[0]].agents],
         method="builtin_encoder",
         alternatives=[{"category": name, "score": round(found[name], 3)} for name in ranked[1:4]],
@@ -94,12 +107,11 @@ def categorize(ask: DocAsk, encode: Encode, known: Encode, examples: Examples, f
     )
 
 
-def _sensitivity(vector: Floats, examples: Examples) -> Sensitivity:
-    """That of the examples most like the document, the near ones counting most."""
-    votes: dict[Sensitivity, float] = {"internal": 1e-6}
-    for (_, sensitivity), alike in zip(examples.labels, (examples.vectors @ vector).tolist(), strict=True):
-        votes[sensitivity] = votes.get(sensitivity, 0.0) + float(np.exp(12 * (alike - 1)))
-    return max(votes, key=votes.__getitem__)
+def _sensitivity(vector: Floats, heads: Heads) -> Sensitivity:
+    """What the head says; "internal" without one."""
+    if not heads.sensitivities:
+        return "internal"
+    return heads.sensitivities[int((extended(vector) @ heads.sensitivity).argmax())]
 
 
 def _summary(text: str, vectors: Floats, encode: Encode) -> str:

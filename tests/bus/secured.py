@@ -48,6 +48,7 @@ class Secured:
         }
         assert self.hub_environ["HUBPEER_NATS__URL"] == "nats://nats:4222"
         self.hub_environ["HUBPEER_NATS__URL"] = self.url
+        self.hub_environ["HUBPEER_MODEL__NAME"] = "none"  # who may do what is asked here, not who fits
 
     def _found_url(self) -> str:
         ports = self.folder / f"nats-server_{self.server.pid}.ports"

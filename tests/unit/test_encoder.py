@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -15,13 +17,25 @@ from tokenizers import Tokenizer
 
 from hubpeer import plan, taxonomy
 from hubpeer.encoder import HERE, BuiltIn, Declined
-from hubpeer.encoder.decide import Calibration, Clause, clauses, decide, named, probabilities, requests
-from hubpeer.encoder.network import TAGS, WINDOW, Network, Shape, Tagged, card_text, quantized, read_weights, write_weights
+from hubpeer.encoder.decide import Calibration, Clause, Weighed, clauses, decide, joined, named, probabilities, requests
+from hubpeer.encoder.network import (
+    TAGS,
+    WINDOW,
+    Network,
+    Shape,
+    Tagged,
+    card_text,
+    gelu,
+    quantized,
+    read_weights,
+    write_weights,
+)
 from hubpeer.encoder.reading import PARTS, parts
 from hubpeer.model import DocAsk, PlanAsk
 from hubpeer.settings import Category
 from hubpeer.wire import Card
 
+ROOT = Path(__file__).parents[2]
 RULES = ["finance_priority", "consensus_required", "ceo_decides"]
 SMALL = Shape(width=32, heads=2, layers=2, inner=64)
 CARDS = {
@@ -39,22 +53,27 @@ def random_weights(shape: Shape, vocabulary: int, seed: int) -> dict[str, np.nda
         matrix = rng.standard_normal((rows, columns)).astype(np.float32) * np.float32(rows**-0.5)
         found[name], found[f"{name}.scale"] = quantized(matrix)
 
+    def norm(name: str) -> None:
+        found[f"{name}.gain"] = np.ones(shape.width, np.float32)
+        found[f"{name}.bias"] = np.zeros(shape.width, np.float32)
+
     keep("words", vocabulary, shape.width)
-    keep("positions", WINDOW, shape.width)
-    keep("project", shape.width, shape.width)
-    for name in [*(f"layers.{n}" for n in range(shape.layers)), "tagger"]:
-        for part, rows, columns in (("qkv", 1, 3), ("out", 1, 1)):
-            keep(f"{name}.{part}", rows * shape.width, columns * shape.width)
-        keep(f"{name}.up", shape.width, shape.inner)
-        keep(f"{name}.down", shape.inner, shape.width)
-        found[f"{name}.norm1"] = found[f"{name}.norm2"] = np.ones(shape.width, np.float32)
-        found[f"{name}.up_bias"] = np.zeros(shape.inner, np.float32)
-    keep("tagger.mix", 5 * shape.width, shape.width)
-    keep("tagger.positions", WINDOW, shape.width)
-    found["tagger.norm0"] = np.ones(shape.width, np.float32)
-    found["tagger.norm"] = np.ones(shape.width, np.float32)
-    found["tagger.heads"] = rng.standard_normal((shape.width, 1 + len(TAGS))).astype(np.float32)
-    found["tagger.bias"] = np.zeros(1 + len(TAGS), np.float32)
+    keep("positions", WINDOW + 2, shape.width)
+    norm("norm")
+    width, inner = shape.width, shape.inner
+    for name in (f"layers.{n}" for n in range(shape.layers)):
+        for part, rows, columns in (
+            ("qkv", width, 3 * width),
+            ("out", width, width),
+            ("up", width, inner),
+            ("down", inner, width),
+        ):
+            keep(f"{name}.{part}", rows, columns)
+            found[f"{name}.{part}.bias"] = rng.standard_normal(columns).astype(np.float32) * np.float32(0.1)
+        norm(f"{name}.norm1")
+        norm(f"{name}.norm2")
+    found["tags"] = rng.standard_normal((width, 1 + len(TAGS))).astype(np.float32)
+    found["tags.bias"] = np.zeros(1 + len(TAGS), np.float32)
     return found
 
 
@@ -70,7 +89,7 @@ def network(tokenizer):
 
 @pytest.fixture(scope="module")
 def builtin(network):
-    return BuiltIn(network, Calibration(in_scope=0.2))
+    return BuiltIn(network, Calibration(in_scope=0.2, bias=0.0))
 
 
 # ── the network ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -107,6 +126,36 @@ def test_weights_survive_the_file(tmp_path, tokenizer):
     assert all((found[name] == weights[name]).all() and found[name].dtype == weights[name].dtype for name in weights)
 
 
+def test_the_runtime_is_the_network_that_was_trained(tokenizer):
+    torch = pytest.importorskip("torch")
+    sys.path.insert(0, str(ROOT))  # `training` is no part of the package
+    from training.bert import Bert, means, rows_of
+
+    torch.manual_seed(11)
+    trained = Bert(SMALL, tokenizer.get_vocab_size())
+    texts = [
+        "how much fuel is left",
+        "Who goes ashore tonight? The insurer asks for photographs of the wet crates, once they are dry.",
+    ]
+    with torch.no_grad():
+        torch.nn.init.normal_(trained.positions, std=0.1)
+        states, cuts = trained.states(rows_of(texts, tokenizer))
+        vectors = means(states, [(cuts[0], cuts[1]), (cuts[1], cuts[2])]).numpy()
+        logits = (states @ trained.tags.weight.T + trained.tags.bias).numpy()[cuts[1] + 1 : cuts[2] - 1]
+    runtime = Network(SMALL, trained.weights(), tokenizer)
+    assert (runtime.encode(texts) * vectors).sum(1) == pytest.approx([1, 1], abs=2e-3)
+    (window,), vector = runtime.read(texts[1])
+    assert vector == pytest.approx(runtime.encode(texts)[1], abs=1e-5)
+    assert window.tags == pytest.approx(logits[:, 1:], abs=0.1)  # int8 here, bf16 there
+    assert window.boundary == pytest.approx(1 / (1 + np.exp(-logits[:, 0])), abs=0.03)
+
+
+def test_the_fast_gelu_is_near_the_true_one():
+    x = np.linspace(-12, 12, 4001).astype(np.float32)
+    true = np.array([value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x.tolist()], np.float32)
+    assert np.abs(gelu(x) - true).max() < 5e-4
+
+
 def test_int8_keeps_a_matrix_to_within_half_a_step():
     matrix = np.random.default_rng(3).standard_normal((40, 60)).astype(np.float32)
     whole, scale = quantized(matrix)
@@ -131,7 +180,8 @@ def tagged(text: str, *spans: tuple[str, str]) -> list[Tagged]:
         boundary += [1.0] + [0.0] * (len(words) - 1)
         tags += [TAGS.index(tag)] * len(words)
     offsets = [(n, n + 1) for n in range(len(text))]
-    return [Tagged(offsets, np.array(boundary, np.float32), np.eye(len(TAGS), dtype=np.float32)[tags])]
+    logits = np.eye(len(TAGS), dtype=np.float32)[tags]
+    return [Tagged(offsets, np.array(boundary, np.float32), logits, np.eye(len(text), dtype=np.float32))]
 
 
 def test_a_question_is_cut_where_the_tagger_says():
@@ -144,17 +194,46 @@ def test_a_question_is_cut_where_the_tagger_says():
         ("The boss decides.", "ceo_decides"),
     ]
     said = clauses(text, tagged(text, *spans), 0.5)
-    assert said == [
-        Clause("Who leaves", "first"),
-        Clause("? Then", "none"),
-        Clause("what does it cost", "second"),
-        Clause("The boss decides", "ceo_decides"),
+    assert [(clause.text(text), clause.tag) for clause in said] == [
+        ("Who leaves", "first"),
+        ("Then", "none") if said[1].text(text) == "Then" else ("? Then", "none"),
+        ("what does it cost", "second"),
+        ("The boss decides", "ceo_decides"),
     ]
-    assert [clause.text for clause in requests(text, said)] == ["Who leaves", "what does it cost"]
+    assert [(clause.text(text), clause.level) for clause in requests(said)] == [("Who leaves", 0), ("what does it cost", 1)]
+    both = said[0] + said[2]
+    assert both.text(text) == "Who leaves? Then, what does it cost"
+    assert both.tokens == both.state.sum() == 27
 
 
 def test_where_the_tagger_sees_no_request_the_whole_question_is_one():
-    assert requests(" anything ", [Clause("anything", "none")]) == [Clause("anything", "first")]
+    text = "anything at all"
+    said = clauses(text, tagged(text, ("anything ", "none"), ("at all", "none")), 0.5)
+    assert len(said) == 2
+    assert [clause.text(text) for clause in requests(said)] == [text]
+    assert requests([]) == []
+
+
+def clause(text: str, tag: str, question: str, boundary: float = 0.9) -> Clause:
+    start = question.index(text)
+    return Clause(
+        start, start + len(text), 1, boundary, np.eye(len(TAGS), dtype=np.float32)[TAGS.index(tag)], np.ones(1, np.float32)
+    )
+
+
+@pytest.mark.parametrize(("boundary", "kept"), [(0.9, 2), (0.2, 1)])
+def test_neighbours_that_are_not_clearly_two_become_one(boundary, kept):
+    question = "count the crates and weigh them"
+    asked = [clause("count the crates", "first", question), clause("and weigh them", "second", question, boundary)]
+    fitted = Calibration(apart=(0.0, 1.0, 0.0, 0.0))
+    found, speaks = joined(asked, lambda some: [[float(c.start), 1.0] for c in some], fitted)
+    assert len(found) == len(speaks) == kept
+    assert (found[0] if kept == 1 else found[0] + found[1]).text(question) == question
+    unlike = Calibration(apart=(-8.0, 0.0, 1.0, 1.0))
+    rows = {0: [5.0, 0.0], 17: [0.0, 5.0]}
+    assert len(joined(asked, lambda some: [rows[c.start] for c in some], unlike)[0]) == 2
+    rows[17] = [1.0, 2.0]
+    assert len(joined(asked, lambda some: [rows[c.start] for c in some], unlike)[0]) == 1
 
 
 def test_probabilities_leave_room_for_nobody():
@@ -163,12 +242,11 @@ def test_probabilities_leave_room_for_nobody():
     assert probabilities([1000.0, 0.0])[0] == pytest.approx(1.0)
 
 
-def draft_of(*asked: tuple[str, str, list[float]], rule: str = "none", **changes):
+def draft_of(*asked: tuple[str, str, list[float]], rule: str | None = None, max_agents: int = 6):
     """The draft for clauses given as (text, tag, what speaks for a, b and c)."""
-    requested = [Clause(text, tag) for text, tag, _ in asked]
-    fitted = Calibration(in_scope=0.3)
-    given = {"agents": "abc", "rules": RULES, "max_agents": 6, **changes}
-    return decide(requested, [*requested, Clause("", rule)], [row for _, _, row in asked], fitted=fitted, **given)
+    question = " ".join(text for text, _, _ in asked)
+    weighed = Weighed([clause(text, tag, question) for text, tag, _ in asked], [row for _, _, row in asked], rule)
+    return decide(question, weighed, "abc", max_agents, Calibration(in_scope=0.3, weak=0.3))
 
 
 YES, NO = 4.0, -4.0
@@ -200,9 +278,13 @@ def test_a_step_does_its_own_clauses():
     assert {step.agent: step.task for step in draft.agents} == {"a": "count the crates. weigh them", "b": "call Mr Baum"}
 
 
-def test_who_decides_is_one_of_the_operators_rules():
+def test_who_decides_comes_with_the_draft():
     assert draft_of(("x", "first", A), rule="ceo_decides").conflict_resolution == "ceo_decides"
-    assert draft_of(("x", "first", A), rule="ceo_decides", rules=["consensus_required"]).conflict_resolution is None
+    assert draft_of(("x", "first", A)).conflict_resolution is None
+
+
+def test_nothing_said_is_nothing_asked():
+    assert decide(" ", Weighed([], []), "abc", 6, Calibration()).reason == "empty"
 
 
 def test_what_fits_nobody_is_declined_with_the_nearest():

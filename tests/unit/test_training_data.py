@@ -19,14 +19,21 @@ sys.path.insert(0, str(ROOT))  # `training` is no part of the package
 from training.data import (  # noqa: E402
     DATA,
     DEFAULT_FOUR,
+    GLUE,
     LEVELS,
     RULES,
     SHARED_WITH_EVALS,
     TWINS,
+    VARIANTS,
     Composer,
+    Piece,
     functions,
+    glued,
     joins,
+    questions,
     split,
+    split_questions,
+    with_questions,
 )
 
 SEED = 4
@@ -66,9 +73,9 @@ def test_training_and_evaluation_share_no_sentence():
         evaluated |= sentences(row.text)
     trained = {s for f in functions().values() for text in [*f.phrasings, *f.decoys] for s in sentences(text)}
     trained |= {s for text in joins()["small_talk"] for s in sentences(text)}
-    path = DATA / "documents.jsonl"
-    if path.exists():
-        trained |= {s for line in path.read_text("utf-8").splitlines() for s in sentences(json.loads(line)["text"])}
+    for name in ("documents", "questions"):
+        lines = (DATA / f"{name}.jsonl").read_text("utf-8").splitlines()
+        trained |= {s for line in lines for s in sentences(json.loads(line)["text"])}
     assert len(trained) > 5000
     assert trained & evaluated == set()
 
@@ -102,6 +109,48 @@ def test_composed_questions_are_whole(held):
         assert "{" not in one.text
         kinds.add((len(one.agents), len(one.edges)))
     assert {(0, 0), (1, 0), (2, 0), (2, 1), (3, 2)} <= kinds
+
+
+def test_whole_questions_become_questions_among_cards():
+    composer = Composer(functions().values(), random.Random(SEED), held=False)
+    for written in questions():
+        one = composer.natural(written)
+        assert "".join(one.text[span.start : span.end] for span in one.spans) == one.text == written.text
+        assert len(one.agents) == len({function for _, _, function in written.clauses if function})
+        assert {one.registry[name].id for name in one.cards} >= {name for _, _, name in written.clauses if name}
+        assert {agent for edge in one.edges for agent in edge} <= one.agents <= set(one.cards)
+        assert one.natural
+        assert one.foreign is (not one.agents)
+
+
+def test_whole_questions_are_held_with_their_functions():
+    held = split(SEED)[1]
+    away = {f.id for f in held}
+    trained, kept = split_questions(held, SEED)
+    assert {one.text for one in trained} & {one.text for one in kept} == set()
+    assert len(trained) + len(kept) == len(questions())
+    assert not any(one.mentions & away for one in trained)
+    said = {text for f in with_questions(split(SEED)[0], trained) for text in f.said}
+    assert said <= {text for one in trained for text, _, _ in one.clauses}
+    assert len(said) > 400
+
+
+def test_what_joins_clauses_goes_to_the_one_behind():
+    pieces = [
+        Piece("once ", GLUE),
+        Piece("a", "first", "x"),
+        Piece(", and then ", GLUE),
+        Piece("b", "second", "y"),
+        Piece(" ok", GLUE),
+    ]
+    assert [(piece.words, piece.tag) for piece in glued(pieces)] == [("once a, ", "first"), ("and then b ok", "second")]
+
+
+def test_a_function_has_few_cards_and_they_stay():
+    function = next(iter(functions().values()))
+    cards = {function.card(random.Random(n)).capabilities[0] for n in range(40)}
+    assert cards <= {function.variant(n).capabilities[0] for n in range(VARIANTS)}
+    assert function.variant(1) == function.variant(1)
 
 
 def test_doubles_are_never_in_one_registry():
