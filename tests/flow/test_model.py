@@ -31,7 +31,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         folder / "data",
         "--model",
         str(folder / "llama"),
-        environ={"HUBPEER_ROUTING__DEADLINE_S": "60", "HUBPEER_MODEL__ENCODER": "false"},
+        environ={"HUBPEER_ROUTING__DEADLINE_S": "60", "HUBPEER_MODEL__ENCODER": "false", "HUBPEER_MODEL__THREADS": "1"},
     ).start()
     yield started
     assert started.stop() == 0
