@@ -113,13 +113,16 @@ async def test_a_hung_step_is_left_behind(tiny: Path) -> None:
         raise RuntimeError("too late")
 
     hung.forward.run = hang
+    first = asyncio.create_task(model.plan(an_ask(), soon()))
+    await until(lambda: hung.step_began is not None)
     with pytest.raises(HubError) as late:
         await model.plan(an_ask(), time.monotonic() + 0.1)
     assert late.value.code == "deadline_passed"
-    await until(lambda: hung.step_began is not None)
     assert hung.step_began is not None
     hung.step_began -= 100  # as if it had begun long ago
     assert (await model.plan(an_ask(), soon())).agents
+    with pytest.raises(Unavailable, match="hung"):
+        await first
     assert model.status()["hangs"] == 1
     release.set()
     await model.close()
