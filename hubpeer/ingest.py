@@ -19,6 +19,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from msgspec import UNSET, Struct
 
@@ -29,13 +30,15 @@ from hubpeer.bus.service import Endpoint, Reply, Request
 from hubpeer.bus.topology import DOCS, DOCS_CONSUMER
 from hubpeer.deadletter import DeadLetters
 from hubpeer.documents import Extractor
-from hubpeer.encoder import BuiltIn
 from hubpeer.errors import BadRequest, DocumentRejected, HubError, shown
 from hubpeer.model import DocAsk, Model
 from hubpeer.roster import Roster
 from hubpeer.settings import Settings
 from hubpeer.store import Draft, Stored, Stores
 from hubpeer.wire import Categorization, Document, FailedReceipt, Headers, Receipt
+
+if TYPE_CHECKING:  # numpy is loaded only where the encoder is used
+    from hubpeer.encoder import BuiltIn
 
 log = logging.getLogger("hubpeer.ingest")
 

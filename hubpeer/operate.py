@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hubpeer import __version__, contract, wire
 from hubpeer.bus.jetstream import Difference, JetStream
@@ -16,13 +16,15 @@ from hubpeer.bus.topology import STREAMS
 from hubpeer.conduct import Conductor
 from hubpeer.deadletter import DeadLetters
 from hubpeer.documents import Extractor
-from hubpeer.encoder import BuiltIn
 from hubpeer.errors import HubError
 from hubpeer.ingest import Ingest
 from hubpeer.model import Model
 from hubpeer.roster import Roster
 from hubpeer.route import Router
 from hubpeer.store import Stores
+
+if TYPE_CHECKING:  # numpy is loaded only where the encoder is used
+    from hubpeer.encoder import BuiltIn
 
 _MiB = 1024 * 1024
 

@@ -8,6 +8,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,7 +21,6 @@ from hubpeer.bus.service import Service
 from hubpeer.conduct import Conductor
 from hubpeer.deadletter import DeadLetters
 from hubpeer.documents import Extractor
-from hubpeer.encoder import BuiltIn
 from hubpeer.errors import SettingsError
 from hubpeer.ingest import Ingest
 from hubpeer.operate import Operations
@@ -28,6 +28,9 @@ from hubpeer.roster import Roster
 from hubpeer.route import Router
 from hubpeer.settings import Settings
 from hubpeer.store import Stores
+
+if TYPE_CHECKING:  # numpy is loaded only where the encoder is used
+    from hubpeer.encoder import BuiltIn
 
 log = logging.getLogger("hubpeer")
 
@@ -79,7 +82,7 @@ class Peer:
             if llm is not None:
                 stack.push_async_callback(llm.close)
             wanted = settings.model.name == "builtin" or (llm is not None and settings.model.encoder)
-            encoder = await asyncio.to_thread(BuiltIn.open) if wanted else None
+            encoder = await asyncio.to_thread(_open_encoder) if wanted else None
 
             server: EmbeddedServer | None = None
             if not settings.nats.url:
@@ -128,6 +131,12 @@ class Peer:
             stack.push_async_callback(service.stop, settings.service.drain_s)
             yield Peer(settings, settings.nats.url, conductor, ingest, server)
             log.info("stopping")
+
+
+def _open_encoder() -> BuiltIn:
+    from hubpeer.encoder import BuiltIn
+
+    return BuiltIn.open()
 
 
 def _data_directory(settings: Settings) -> Path:

@@ -10,19 +10,22 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from hubpeer import __version__, keywords, plan, wire
 from hubpeer.bus.service import Endpoint, Reply, Request
 from hubpeer.conduct import Conductor
-from hubpeer.encoder import BuiltIn, Declined
 from hubpeer.errors import BadRequest, HubError, shown
 from hubpeer.model import Model, PlanAsk
 from hubpeer.plan import Draft, Question, Record, Rejected
 from hubpeer.roster import Roster
 from hubpeer.settings import Settings
 from hubpeer.wire import Card, RouteRequest, RoutingDecision, RoutingMethod, Trace
+
+if TYPE_CHECKING:  # numpy is loaded only where the encoder is used
+    from hubpeer.encoder import BuiltIn
 
 log = logging.getLogger("hubpeer.route")
 
@@ -155,7 +158,7 @@ class Router:
     async def _ask_encoder(self, ask: PlanAsk, _: float | None) -> Draft:
         assert self._encoder is not None
         found = await asyncio.to_thread(self._encoder.plan, ask)
-        if isinstance(found, Declined):
+        if not isinstance(found, Draft):
             raise HubError("no_match", f"nobody fits ({found.confidence:.2f})")
         return found
 
