@@ -87,12 +87,15 @@ class Router:
 
         ask = self._ask(asker, body)
         decision = await self._decide(ask, plan_id, request.deadline)
+        self.counts[decision.routing_method] += 1
+        if isinstance(decision.fallback_reason, str):
+            self.counts[f"fallback_{decision.fallback_reason}"] += 1
         if again := [step.agent for step in decision.agents if step.agent in visited]:
             path = " -> ".join([*visited, asker, again[0]])
             raise HubError("call_loop", f"the question would come back to {again[0]}: {path}")
 
         ceo = plan.CEO in self._roster.cards()
-        trace = self._trace(ask, decision) if self._settings.routing.record else None
+        trace = self._trace(ask, decision)
         record = plan.propose(decision, body.context, [*visited, asker], self._clock(), ceo_available=ceo, trace=trace)
         return _reply(await self._conductor.begin(record, dispatch=body.dispatch))
 
@@ -172,37 +175,32 @@ class Router:
         why: str | None = None,
     ) -> RoutingDecision | Rejected:
         decision = plan.build(draft, question, cards, method, plan_id, wire.iso(self._clock()), why)
-        if isinstance(decision, RoutingDecision):
-            self.counts[method] += 1
-            if why is not None:
-                self.counts[f"fallback_{why}"] += 1
-        else:
+        if isinstance(decision, Rejected):
             self.counts[f"rejected_{decision.reason}"] += 1
         return decision
 
     # ── once more ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _trace(self, ask: PlanAsk, decision: RoutingDecision) -> Trace:
-        model = self._settings.model
+    def _decided_by(self, decision: RoutingDecision) -> tuple[str, str]:
+        """Name and revision of the rung that decided."""
         by = {"llm_intelligent": self._model, "builtin_encoder": self._encoder}.get(decision.routing_method)
-        name, revision = (by.name, by.revision) if by is not None else ("keywords", __version__)
+        return (by.name, by.revision) if by is not None else ("keywords", __version__)
+
+    def _trace(self, ask: PlanAsk, decision: RoutingDecision) -> Trace | None:
+        """What to keep with the plan; nothing where recording is off, or where the cards are so large that the record, which
+        grows with every result, might in the end not fit into one message."""
+        if not self._settings.routing.record:
+            return None
         said = wire.encode_any([ask.asker, ask.query, ask.context])
-        return Trace(
-            hashlib.sha256(said).hexdigest(),
-            ask.cards,
-            ask.rules,
-            ask.max_agents,
-            name,
-            revision,
-            model.seed,
-            model.temperature,
-        )
+        digest, (name, revision), model = hashlib.sha256(said).hexdigest(), self._decided_by(decision), self._settings.model
+        trace = Trace(digest, ask.cards, ask.rules, ask.max_agents, name, revision, model.seed, model.temperature)
+        return trace if len(wire.encode(trace)) <= wire.MAX_TRACE else None
 
     async def replay(self, record: Record, request: Request) -> Reply:
         """`hub.plans.replay.<agent>`: decide a plan's question again, from the cards it was decided from; nothing is kept."""
         then = record.trace
         if then is None:
-            raise HubError("not_found", "nothing was recorded with this plan; see routing.record")
+            raise HubError("not_found", "nothing was recorded: routing.record is off, or the cards were too large")
         old = record.decision
         ask = PlanAsk(old.requesting_agent, old.original_query, then.cards, then.rules, then.max_agents, record.context)
         now: RoutingDecision | None = None
@@ -211,8 +209,7 @@ class Router:
         except HubError as exc:
             if exc.code != "no_match":
                 raise
-        today = self._trace(ask, now) if now is not None else None
-        changed = today is not None and (today.model, today.revision) != (then.model, then.revision)
+        changed = now is not None and self._decided_by(now) != (then.model, then.revision)
         return Reply(wire.encode(wire.ReplayReply(old, then, now, plan.differences(old, now), changed)))
 
 

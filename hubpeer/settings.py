@@ -90,7 +90,7 @@ class Routing(_Section, frozen=True):
     default_rule: ConflictRule = "consensus_required"
     max_agents: Annotated[int, Meta(ge=1, le=12)] = 6  # in one plan
     max_call_path: Annotated[int, Meta(ge=1, le=32)] = 8
-    record: bool = True  # keep with every plan what its decision was made from, for `hubpeer replay`
+    record: bool = True  # keep with a plan what its decision was made from (up to 64 KiB), for `hubpeer replay`
 
 
 class Plans(_Section, frozen=True):

@@ -178,6 +178,7 @@ MAX_QUERY: Final = 8192
 #: results of this size still fits into one message of 1 MiB.
 MAX_RESULT: Final = 64 * 1024
 MAX_CONTEXT: Final = 64 * 1024
+MAX_TRACE: Final = 64 * 1024
 MAX_AGENTS: Final = 12
 
 

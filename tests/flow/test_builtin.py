@@ -82,6 +82,16 @@ async def test_another_model_decides_otherwise_and_replay_says_so(tmp_path: Path
     async with bare(hub.url) as client:
         decision = await client.route("ceo", "roi", dispatch=False)
         assert decision["routing_method"] == "fallback_keywords"
+        routed = (await client.reply("hub.status"))["routing"]["counts"]
+        again = await client.reply("hub.plans.replay.ceo", {"plan_id": decision["plan_id"]})
+        assert (again["differences"], again["model_changed"]) == ([], False)
+        assert (await client.reply("hub.status"))["routing"]["counts"] == routed, "a replay is no routed question"
+        # Cards too large to keep with the plan: it is planned all the same, and nothing is recorded.
+        for number in range(20):
+            words = [f"{number}_{word}".ljust(64, "x") for word in range(64)]
+            await client.reply(f"hub.agents.register.big{number}", {"capabilities": words, "heartbeat_s": 3600})
+        large = await client.route("ceo", "roi", dispatch=False)
+        assert await client.code("hub.plans.replay.ceo", {"plan_id": large["plan_id"]}) == "not_found"
     assert hub.stop() == 0
     hub.options = ("--model", "builtin")
     hub.start()
