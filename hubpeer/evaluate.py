@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -22,6 +22,9 @@ from hubpeer.model import DocAsk, PlanAsk
 from hubpeer.plan import Draft, Question, Rejected
 from hubpeer.settings import Category
 from hubpeer.wire import Card, ConflictRule, RoutingDecision
+
+if TYPE_CHECKING:
+    from hubpeer.encoder import Declined
 
 RULES: Final[list[ConflictRule]] = ["finance_priority", "consensus_required", "ceo_decides"]
 MAX_AGENTS: Final = 6
@@ -114,6 +117,13 @@ def by_keywords(ask: PlanAsk) -> tuple[Draft | None, str, list[str], float | Non
     draft = keywords.draft(ask.query, ask.asker, ask.cards, ["finance", "ceo"], ask.max_agents)
     near = [a.agent for a in keywords.runners_up(ask.query, ask.cards)]
     return draft, "fallback_keywords", near, None
+
+
+def by_encoder(found: Draft | Declined) -> tuple[Draft | None, str, list[str], float | None]:
+    """What the built-in encoder said, as a `Planner` answers."""
+    if isinstance(found, Draft):
+        return found, "builtin_encoder", [], found.confidence
+    return None, "builtin_encoder", [a.agent for a in found.alternatives], found.confidence
 
 
 def predict_routes(rows: Iterable[RouteRow], planner: Planner) -> list[RouteGuess]:

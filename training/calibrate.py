@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from hubpeer import evaluate, taxonomy
-from hubpeer.encoder import About, BuiltIn, Declined
+from hubpeer.encoder import About, BuiltIn
 from hubpeer.encoder.decide import Calibration, Clause, Weighed, clauses, decide, doubts, evidence, probabilities, requests
 from hubpeer.encoder.network import read_weights, write_weights
 from hubpeer.encoder.reading import Heads, extended, no_heads, parts, whole
@@ -129,10 +129,7 @@ def decided(rows: list[RouteRow], weighed: list[Weighed], fitted: Calibration) -
     waiting = iter(weighed)
 
     def plan(ask: PlanAsk) -> Any:
-        found = decide(ask.query, next(waiting), list(ask.cards), ask.max_agents, fitted)
-        if isinstance(found, Declined):
-            return None, "builtin_encoder", [a.agent for a in found.alternatives], found.confidence
-        return found, "builtin_encoder", [], found.confidence
+        return evaluate.by_encoder(decide(ask.query, next(waiting), list(ask.cards), ask.max_agents, fitted))
 
     return evaluate.predict_routes(rows, plan)
 

@@ -187,11 +187,12 @@ async def _end_tasks(within_s: float = 5.0) -> None:
         if refusing:
             logging.getLogger("hubpeer").error("still running, given up: %s", ", ".join(t.get_name() for t in refusing))
             failure = sys.exc_info()[1]
-            if failure is not None and not isinstance(failure, asyncio.CancelledError):
+            failed = failure is not None and not isinstance(failure, asyncio.CancelledError)
+            if failed:
                 click.echo(f"error: {failure}", err=True)
             logging.shutdown()
             sys.stdout.flush()
-            os._exit(REFUSED if failure is not None and not isinstance(failure, asyncio.CancelledError) else 0)
+            os._exit(REFUSED if failed else 0)
 
 
 @cli.command()

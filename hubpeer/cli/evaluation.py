@@ -103,17 +103,10 @@ async def _planner(context: Context, name: str) -> tuple[evaluate.Planner, Calla
     if name == "none":
         return evaluate.by_keywords, _nothing
     if name == "builtin":
-        from hubpeer.encoder import BuiltIn, Declined
+        from hubpeer.encoder import BuiltIn
 
         encoder = BuiltIn.open()
-
-        def plan(ask: PlanAsk) -> tuple[Draft | None, str, list[str], float | None]:
-            found = encoder.plan(ask)
-            if isinstance(found, Declined):
-                return None, "builtin_encoder", [a.agent for a in found.alternatives], found.confidence
-            return found, "builtin_encoder", [], found.confidence
-
-        return plan, _nothing
+        return lambda ask: evaluate.by_encoder(encoder.plan(ask)), _nothing
     model = await _open(context, name)
     loop = asyncio.get_running_loop()
 

@@ -65,7 +65,8 @@ class BuiltIn:
         about = msgspec.json.decode((folder / "encoder.json").read_bytes(), type=About)
         weights = read_weights(folder / "model.safetensors")
         network = Network(about.shape, weights, Tokenizer.from_file(str(folder / "tokenizer.json")))
-        digest = hashlib.blake2b((folder / "model.safetensors").read_bytes(), digest_size=6)
+        with (folder / "model.safetensors").open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=6))
         heads = None
         if about.categories:
             heads = Heads(weights["categories"], about.categories, weights["sensitivities"], about.sensitivities)

@@ -16,7 +16,7 @@ import numpy as np
 
 from hubpeer import taxonomy
 from hubpeer.encoder.decide import Calibration, shares
-from hubpeer.encoder.network import Floats
+from hubpeer.encoder.network import Floats, unit
 from hubpeer.model import DocAsk
 from hubpeer.taxonomy import Taxonomy
 from hubpeer.wire import Categorization, Sensitivity
@@ -77,8 +77,7 @@ def extended(vector: Floats) -> Floats:
 
 def whole(vectors: Floats) -> Floats:
     """A document's one vector."""
-    mean: Floats = vectors.mean(0)
-    return mean / np.float32(np.linalg.norm(mean) + 1e-9)
+    return unit(vectors.mean(0))
 
 
 def categorize(ask: DocAsk, encode: Encode, known: Encode, heads: Heads, fitted: Calibration) -> Categorization:
