@@ -244,14 +244,18 @@ async def test_a_message_that_is_worked_on_is_not_handed_out_again(link: Link, j
     async with Puller(link, name, "c", batch=4) as puller:
         [message] = await take(puller, 1)
         loop = asyncio.get_running_loop()
-        begun = loop.time()
-        others = asyncio.create_task(take(puller, 1))
-        async with message.kept_alive(every_s=0.2):
-            await until(lambda: loop.time() - begun > 3.5, "two ack waits have gone by")
-        assert not others.done()
-        [again] = await others  # no longer kept alive: after its ack wait it comes again
-        assert again.deliveries == 2
-        await again.ack()
+        for _trial in range(3):  # a machine that stands still for a whole ack wait makes a trial void
+            begun = loop.time()
+            others = asyncio.create_task(take(puller, 1))
+            async with message.kept_alive(every_s=0.2):
+                await until(lambda: others.done() or loop.time() - begun > 3.5, "two ack waits have gone by")  # noqa: B023
+                kept = not others.done()
+            [message] = await others  # no longer kept alive: after its ack wait it comes again
+            if kept:
+                break
+        assert kept
+        assert message.deliveries >= 2
+        await message.ack()
 
 
 async def test_a_publisher_cannot_pass_for_the_server(link: Link, js: JetStream, name: str) -> None:
