@@ -18,7 +18,7 @@ from hubpeer.wire import Card
 from .conftest import RULES, Given, an_ask, hostile, is_clean, plan_of, run
 
 #: `PLANS_TO_TRY=10000 pytest tests/model/test_planner.py` is the long run of docs/benchmarks.md.
-PLANS = int(os.environ.get("PLANS_TO_TRY", "60"))
+PLANS = int(os.environ.get("PLANS_TO_TRY", "40"))
 NAMES = [
     "finance",
     "sales",

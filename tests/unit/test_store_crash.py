@@ -27,7 +27,7 @@ from hubpeer.store.records import seal, unseal
 REPO = Path(__file__).parents[2]
 SEED = int(os.environ.get("HUBPEER_TEST_SEED", "20261122"))
 KILLS = int(os.environ.get("HUBPEER_TEST_KILLS", "8"))
-FLIPS = 300
+FLIPS = 150
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
@@ -194,7 +194,7 @@ print(json.dumps(counts))
 
 
 async def test_flipped_bits_are_reported_or_harmless():
-    with tempfile.TemporaryDirectory(dir=MEMORY) as root:  # 300 files; nothing here depends on the disk
+    with tempfile.TemporaryDirectory(dir=MEMORY) as root:  # a file a flip; nothing here depends on the disk
         expected = await fill(Path(root), 50)
         process = child(FLIPPING, root, SEED, FLIPS, stdin=subprocess.PIPE)
         output, _ = process.communicate(json.dumps({key: data.hex() for key, data in expected.items()}))
