@@ -2,7 +2,8 @@
 
 Each part runs in a process of its own, so that its memory is its own. The model is the exact Llama-3.2-1B shape with random
 weights, made on demand in $HUBPEER_BENCH_DIR (default ~/.cache/hubpeer/bench; 2.5 GB, and 1.2 GB of quantized weights);
-HUBPEER_BENCH_MODEL=FOLDER measures another one, real weights for example. On a machine that others use too, look at the ratios.
+HUBPEER_BENCH_MODEL=FOLDER measures another one, real weights for example. llama.cpp is measured beside us where
+`pip install llama-cpp-python gguf` was done. On a machine that others use too, look at the ratios.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BENCH_DIR = Path(os.environ.get("HUBPEER_BENCH_DIR", Path.home() / ".cache/hubpeer/bench"))
 MODEL = Path(os.environ.get("HUBPEER_BENCH_MODEL", BENCH_DIR / "1b"))
-PARTS = ["ceilings", "ours", "generate_bf16", "generate_fp32", "llama_cpp"]
+PARTS = ["ceilings", "ours", "generate_bf16", "generate_fp32", "llama_cpp_q8", "llama_cpp_q4"]
 PAGE = ROOT / "docs" / "benchmarks.md"
 START, END = "<!-- model: written by python -m bench -->", "<!-- /model -->"
 
@@ -70,7 +71,8 @@ def table(all_figures: dict[str, dict[str, float | str]]) -> str:
         "ours": "hubpeer int8",
         "generate_bf16": "generate bf16",
         "generate_fp32": "generate fp32",
-        "llama_cpp": "llama.cpp",
+        "llama_cpp_q8": "llama.cpp Q8_0",
+        "llama_cpp_q4": "llama.cpp Q4_0",
     }
     others = [name for name in names if name in all_figures]
     lines = [
@@ -102,7 +104,8 @@ def table(all_figures: dict[str, dict[str, float | str]]) -> str:
         ("route against generate bf16", "route_s", "generate_bf16", ">= 30x"),
         ("document against generate fp32", "document_s", "generate_fp32", ">= 15x"),
         ("document against generate bf16", "document_s", "generate_bf16", ">= 6x"),
-        ("route against llama.cpp Q8_0", "route_s", "llama_cpp", ">= 2x"),
+        ("route against llama.cpp Q8_0", "route_s", "llama_cpp_q8", ">= 2x"),
+        ("route against llama.cpp Q4_0", "route_s", "llama_cpp_q4", "> 1x"),
     ):
         lines.append(f"| {label} | {times(all_figures.get(other, {}).get(key), ours.get(key))} | {aim} |")
     lines += ["", "Everything measured:", "", "```json", json.dumps(all_figures, indent=1), "```"]

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from bench import llama_cpp
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 QUERY = (
@@ -188,14 +190,6 @@ def generate(folder: Path, dtype: torch.dtype, tokens: int = 12) -> dict[str, An
     return figures | memory()
 
 
-def llama_cpp() -> dict[str, Any]:
-    try:
-        import llama_cpp  # noqa: F401
-    except ModuleNotFoundError:
-        return {"route_s": "not installed"}
-    return {"route_s": "installed, but not measured: this version of the benchmark writes no GGUF file"}
-
-
 def main() -> None:
     part, folder, cache = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     figures: dict[str, Any]
@@ -208,8 +202,9 @@ def main() -> None:
             figures = generate(folder, torch.bfloat16)
         case "generate_fp32":
             figures = generate(folder, torch.float32)
-        case "llama_cpp":
-            figures = llama_cpp()
+        case "llama_cpp_q8" | "llama_cpp_q4":
+            kind = "Q8_0" if part.endswith("q8") else "Q4_0"
+            figures = llama_cpp.measure(folder, cache, kind, (DOCUMENT_PROMPT, DOCUMENT_NEW)) | memory()
         case _:
             sys.exit(f"no such part: {part}")
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}))
