@@ -295,7 +295,7 @@ async def test_pulling_goes_on_over_a_server_restart(tmp_path: Path) -> None:
     await link.open()
     js = JetStream(link)
     await js.ensure_stream(stream("S"))
-    await js.ensure_consumer("S", consumer("S", ack_wait=NS))
+    await js.ensure_consumer("S", consumer("S", ack_wait=10 * NS))
     seen: Counter[bytes] = Counter()
 
     async def work() -> None:

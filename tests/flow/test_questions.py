@@ -276,7 +276,7 @@ SCRIPT = {
 
 
 #: A short deadline, and behind the model nothing but the keyword rule.
-SCRIPTED = {"HUBPEER_ROUTING__DEADLINE_S": "1.5", "HUBPEER_MODEL__ENCODER": "false"}
+SCRIPTED = {"HUBPEER_ROUTING__DEADLINE_S": "4", "HUBPEER_MODEL__ENCODER": "false"}
 
 
 @pytest.fixture(scope="module")
