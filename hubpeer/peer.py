@@ -109,6 +109,7 @@ class Peer:
             await roster.start()
             conductor = Conductor(core, js, settings, letters)
             router = Router(settings, roster, conductor, llm, encoder)
+            stack.callback(router.stop)
             ingest = Ingest(settings, core, js, stores, extractor, llm, encoder, roster, letters)
             service = Service(
                 front,

@@ -33,6 +33,8 @@ log = logging.getLogger("hubpeer.route")
 _RESENT = "r"
 #: Kept back from the asker's deadline, in seconds, for the next rung, the stores and the way back.
 _RESERVE_S = 0.1
+#: Texts of cards the encoder reads ahead in one go.
+_AT_ONCE = 32
 
 
 class Router:
@@ -53,15 +55,34 @@ class Router:
         self._model = model
         self._encoder = encoder
         self._clock = clock
+        self._unread = False  #: cards have changed since the encoder read them
+        self._reading: asyncio.Task[None] | None = None
         self.counts: Counter[str] = Counter()
         conductor.verbs["replay"] = self.replay
         roster.changed = self.expect
 
     def expect(self) -> None:
-        """The cards have changed: let the model read them before somebody waits for it."""
+        """The cards have changed: let model and encoder read them before somebody waits for it."""
+        self._unread = self._encoder is not None
+        if self._unread and (self._reading is None or self._reading.done()):
+            self._reading = asyncio.create_task(self._read_cards())
         if self._model is not None:
             live = [name for name, state in self._roster.states().items() if state == "live"][:8]
             self._model.expect([self._ask(name, RouteRequest("")) for name in live])
+
+    async def _read_cards(self) -> None:
+        """Let the encoder read all cards, a few texts at a time so that a hub that stops need not wait for it; once more where
+        some changed meanwhile."""
+        while self._unread and self._encoder is not None:
+            self._unread = False
+            texts = self._encoder.unread(self._roster.cards().values())
+            for start in range(0, len(texts), _AT_ONCE):
+                await asyncio.to_thread(self._encoder.known, texts[start : start + _AT_ONCE])
+
+    def stop(self) -> None:
+        """Read no further ahead."""
+        if self._reading is not None:
+            self._reading.cancel()
 
     def endpoints(self) -> list[Endpoint]:
         metadata = {

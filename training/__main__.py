@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from hubpeer.encoder import About, BuiltIn
 from hubpeer.encoder.decide import Calibration
 from hubpeer.encoder.network import write_weights
-from training.bert import Bert, open_tokenizer, pruned, rows_of, teacher
+from training.bert import Bert, average, open_tokenizer, pruned, rows_of, teacher
 from training.calibrate import calibrate
-from training.data import functions, split, split_questions, with_questions
-from training.learn import Known, clause_to_card, distil, texts_to_imitate
+from training.data import functions, split, split_documents, split_questions, with_questions
+from training.learn import Known, clause_to_card, distil, texts_to_imitate, tune
 
 log = logging.getLogger("training")
 
@@ -40,10 +40,12 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--work", type=Path, default=Path("build/training"), help="caches, checkpoints, log")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--layers", default="0135", help="which of the teacher's layers the student begins with")
+    parser.add_argument("--layers", default="012345", help="which of the teacher's layers the student begins with")
     parser.add_argument("--vocabulary", type=int, default=21000, help="rows of the word table that are kept")
+    parser.add_argument("--tune", type=int, default=400, help="steps of the teacher on our labels")
     parser.add_argument("--steps", type=int, default=3000, help="steps of the student")
-    parser.add_argument("--rate", type=float, default=3e-4, help="its learning rate at the highest")
+    parser.add_argument("--rate", type=float, default=1.5e-4, help="its highest learning rate; the teacher's is half of it")
+    parser.add_argument("--orders", default="1", help="seeds of the order of examples, as 1,2: a student each, then averaged")
     parser.add_argument("--out", type=Path, default=Path("hubpeer/encoder"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -57,23 +59,33 @@ def main() -> None:
     trained, held = split(args.seed)
     asked, away = split_questions(held, args.seed)
     trained = with_questions(trained, asked)
+    papers, kept = split_documents(args.seed)
     log.info("seed %d: %d functions, %d to train on, %d held", args.seed, len(functions()), len(trained), len(held))
-    log.info("%d whole questions to train on, %d held", len(asked), len(away))
+    log.info("%d questions and %d documents to train on, %d and %d held", len(asked), len(papers), len(away), len(kept))
 
     full = open_tokenizer(args.teacher / "tokenizer.json")
-    texts = texts_to_imitate(trained, asked)
+    texts = texts_to_imitate(trained, asked, papers)
     tokenizer, rows = pruned(full, args.vocabulary, texts)
     network = teacher(args.teacher)
-    torch.manual_seed(args.seed)
-    student = network.student([int(n) for n in args.layers], rows)
-    known = Known(texts, teacher_vectors(args.work / "teacher.pt", network, full, texts))
-    del network
+    tuned, vectors = args.work / "tuned.pt", args.work / "teacher.pt"
+    if not tuned.exists():
+        log.info("the teacher, held functions, nearest card of five: %s", clause_to_card(network, full, held))
+    tune(network, full, trained, args.tune, args.seed, args.rate / 2, checkpoint=tuned)
+    if not vectors.exists():
+        log.info("the same, tuned: %s", clause_to_card(network, full, held))
+    known = Known(texts, teacher_vectors(vectors, network, full, texts))
 
-    def validate(step: int) -> None:
-        log.info("step %d, held functions, nearest card of five: %s", step, clause_to_card(student, tokenizer, held))
-
-    keep = args.work / "student.pt"
-    distil(student, tokenizer, known, trained, asked, args.steps, args.seed, args.rate, checkpoint=keep, validate=validate)
+    students = []
+    for order in args.orders.split(","):
+        torch.manual_seed(args.seed)
+        student = network.student([int(n) for n in args.layers], rows)
+        path = args.work / f"student-{order}.pt"
+        distil(student, tokenizer, known, trained, asked, papers, args.steps, int(order), args.rate, checkpoint=path)
+        log.info("student %s, held functions, nearest card of five: %s", order, clause_to_card(student, tokenizer, held))
+        students.append(student)
+    student = average(students)
+    if len(students) > 1:
+        log.info("all together, held functions, nearest card of five: %s", clause_to_card(student, tokenizer, held))
 
     args.out.mkdir(parents=True, exist_ok=True)
     write_weights(args.out / "model.safetensors", student.weights())

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from hubpeer.encoder.network import TAGS, WINDOW, Shape, quantized
+from hubpeer.encoder.network import TAGS, WINDOW, Shape, packed, quantized, unpacked
 
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 EPSILON = 1e-12
@@ -96,17 +96,17 @@ class Bert(nn.Module):
         return found
 
     def student(self, keep: Sequence[int], rows: Sequence[int]) -> Bert:
-        """A network of some of the layers and some rows of the word table."""
+        """A network of some of the layers and some rows of the word table, already as coarse as the runtime has them."""
         shape = Shape(self.shape.width, self.shape.heads, len(keep), self.shape.inner)
         found = Bert(shape, len(rows))
-        found.words.weight.data = self.words.weight.data[list(rows)].clone()
+        found.words.weight.data = torch.from_numpy(unpacked(*packed(self.words.weight.data[list(rows)].numpy())))
         found.positions.data = self.positions.data.clone()
         found.norm.load_state_dict(self.norm.state_dict())
         found.layers = nn.ModuleList(copy.deepcopy(self.layers[n]) for n in keep)
         return found
 
     def weights(self) -> dict[str, np.ndarray]:
-        """As the runtime keeps them: matrices (in, out) as int8 with a scale per row, the rest as it is."""
+        """As the runtime keeps them: words in four bits, matrices (in, out) as int8 with a scale per row, the rest as it is."""
         found: dict[str, np.ndarray] = {}
 
         def keep(name: str, matrix: torch.Tensor) -> None:
@@ -115,7 +115,7 @@ class Bert(nn.Module):
         def vector(name: str, value: torch.Tensor) -> None:
             found[name] = value.detach().float().numpy().copy()
 
-        keep("words", self.words.weight)
+        found["words"], found["words.scale"] = packed(self.words.weight.detach().numpy())
         keep("positions", self.positions)
         vector("norm.gain", self.norm.weight)
         vector("norm.bias", self.norm.bias)
@@ -129,6 +129,14 @@ class Bert(nn.Module):
         found["tags"] = np.ascontiguousarray(self.tags.weight.detach().numpy().T)
         vector("tags.bias", self.tags.bias)
         return found
+
+
+def average(networks: Sequence[Bert]) -> Bert:
+    """One network in the middle of several that began as the same (model soups, Wortsman et al. 2022, arXiv 2203.05482)."""
+    found = copy.deepcopy(networks[0])
+    states = [network.state_dict() for network in networks]
+    found.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
+    return found
 
 
 def means(states: torch.Tensor, spans: Sequence[tuple[int, int]]) -> torch.Tensor:

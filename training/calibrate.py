@@ -26,7 +26,7 @@ from hubpeer.encoder.reading import Heads, extended, no_heads, parts, whole
 from hubpeer.encoder.reading import evidence as evidence_of_document
 from hubpeer.evaluate import Gold, RouteGuess, RouteRow
 from hubpeer.model import PlanAsk
-from training.data import Asked, Composer, Function, Natural, documents, split, split_questions
+from training.data import Asked, Composer, Function, Natural, split, split_documents, split_questions
 
 log = logging.getLogger("training.calibrate")
 
@@ -181,19 +181,22 @@ def fit_worth(x: np.ndarray, target: np.ndarray, first: Sequence[float], steps: 
     return tuple(round(float(value), 3) for value in theta)
 
 
-def fit_documents(builtin: BuiltIn) -> tuple[Heads, Calibration]:
-    """The heads, and what definition, words and head are worth: each document judged by a head that never saw it."""
-    vectors = [builtin.network.encode(parts(one.text)) for one in documents()]
+def fit_documents(builtin: BuiltIn, seed: int) -> tuple[Heads, Calibration]:
+    """The heads from all examples; and what definition, words and head are worth, from those the network never saw, each judged
+    by a head that did not see it either."""
+    trained, held = split_documents(seed)
+    every = [*held, *trained]
+    vectors = [builtin.network.encode(parts(one.text)) for one in every]
     x = np.stack([extended(whole(v)) for v in vectors])
-    category, categories, said = ridge(x, [one.category for one in documents()])
-    sensitivity, sensitivities, marked = ridge(x, [one.sensitivity for one in documents()])
+    category, categories, said = ridge(x, [one.category for one in every])
+    sensitivity, sensitivities, marked = ridge(x, [one.sensitivity for one in every])
     known = {name: taxonomy.DEFAULT[name] for name in categories}
     speaks = []
-    for one, read, judged in zip(documents(), vectors, said, strict=True):
+    for one, read, judged in zip(held, vectors, said, strict=False):
         rules = taxonomy.by_rules(one.text, "", "", [], taxonomy.DEFAULT, [])
         plain = evidence_of_document(read, rules, known, builtin.known, no_heads(builtin.network.shape.width))
         speaks.append(np.concatenate([plain, judged[None]]))
-    found, target = np.array(speaks), np.array([categories.index(one.category) for one in documents()])
+    found, target = np.array(speaks), np.array([categories.index(one.category) for one in held])
     start = Calibration()
     fitted = msgspec.structs.replace(
         builtin.fitted,
@@ -202,8 +205,8 @@ def fit_documents(builtin: BuiltIn) -> tuple[Heads, Calibration]:
     )
     for name, kinds, worth in (("all", 3, fitted.category), ("no head", 2, fitted.own_category)):
         right = (np.einsum("d,ndk->nk", np.array(worth), found[:, :kinds]).argmax(1) == target).mean()
-        log.info("%d documents, each unseen by the head, with %s: top-1 %.3f, worth %s", len(found), name, right, worth)
-    secret = np.mean([sensitivities[n] == one.sensitivity for n, one in zip(marked.argmax(1), documents(), strict=True)])
+        log.info("%d documents seen by neither network nor head, with %s: top-1 %.3f, worth %s", len(found), name, right, worth)
+    secret = np.mean([sensitivities[n] == one.sensitivity for n, one in zip(marked.argmax(1), held, strict=False)])
     log.info("their sensitivity by the head: %.3f", secret)
     return Heads(category, categories, sensitivity, sensitivities), fitted  # type: ignore[arg-type]
 
@@ -240,7 +243,7 @@ def calibrate(folder: Path, seed: int, count: int = 200) -> dict[str, dict[str, 
     _, fitted = max((joining(boundary) for boundary in (0.1, 0.2, 0.3, 0.5)), key=operator.itemgetter(0))
     builtin.fitted = fitted
     log.info("fitted on %d questions: %s", len(rows), fitted)
-    heads, fitted = fit_documents(builtin)
+    heads, fitted = fit_documents(builtin, seed)
     about = About(builtin.network.shape, fitted, heads.categories, heads.sensitivities)
     (folder / "encoder.json").write_bytes(msgspec.json.format(msgspec.json.encode(about), indent=1) + b"\n")
     weights = {name: np.array(value) for name, value in read_weights(folder / "model.safetensors").items()}

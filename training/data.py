@@ -30,7 +30,7 @@ assert (NONE, *LEVELS, *RULES) == TAGS
 #: These functions share a capability's name with a registry of `evals/`: they are never trained on (a test checks the list).
 SHARED_WITH_EVALS = frozenset(
     """blood_bank load_planning winery beekeeping store_expansion sound_design theatre_stage collections_registrar museum
-    space""".split()
+    space tv_subtitling""".split()
 )
 #: Jobs written twice under two names: never in one registry, always on the same side of the split.
 TWINS = [
@@ -77,24 +77,28 @@ class Function:
         return Card(capabilities, specialties, self.description if rng.random() < 0.2 else "")
 
 
+def _lines(name: str) -> list[str]:
+    """Of all files whose name begins so."""
+    return [line for path in sorted(DATA.glob(f"{name}*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+
+
 @cache
 def functions() -> dict[str, Function]:
     """Every function that may be trained on."""
     found = {}
-    for name in ("functions_a", "functions_b", "functions_c"):
-        for line in (DATA / f"{name}.jsonl").read_text("utf-8").splitlines():
-            row = json.loads(line)
-            capabilities = dict.fromkeys([*row["capabilities"], *row["more_capabilities"]])
-            found[row["id"]] = Function(
-                row["id"],
-                row["trade"],
-                tuple(capabilities),
-                tuple(row["specialties"]),
-                row["description"],
-                tuple(row["phrasings"]),
-                tuple(row["decoys"]),
-                len(row["capabilities"]),
-            )
+    for line in _lines("functions"):
+        row = json.loads(line)
+        capabilities = dict.fromkeys([*row["capabilities"], *row["more_capabilities"]])
+        found[row["id"]] = Function(
+            row["id"],
+            row["trade"],
+            tuple(capabilities),
+            tuple(row["specialties"]),
+            row["description"],
+            tuple(row["phrasings"]),
+            tuple(row["decoys"]),
+            len(row["capabilities"]),
+        )
     return {name: function for name, function in found.items() if name not in SHARED_WITH_EVALS}
 
 
@@ -109,8 +113,15 @@ class Example:
 
 @cache
 def documents() -> list[Example]:
-    rows = map(json.loads, (DATA / "documents.jsonl").read_text("utf-8").splitlines())
+    rows = map(json.loads, _lines("documents"))
     return [Example(row["text"], row["category"], row["sensitivity"]) for row in rows]
+
+
+def split_documents(seed: int, share: float = 0.25) -> tuple[list[Example], list[Example]]:
+    """To train on, and to weigh and validate on."""
+    mixed = list(documents())
+    random.Random(seed).shuffle(mixed)
+    return mixed[round(share * len(mixed)) :], mixed[: round(share * len(mixed))]
 
 
 @cache
@@ -148,7 +159,7 @@ class Natural:
 
 @cache
 def questions() -> list[Natural]:
-    rows = map(json.loads, (DATA / "questions.jsonl").read_text("utf-8").splitlines())
+    rows = map(json.loads, _lines("questions"))
     found = [
         Natural(row["text"], tuple((c["text"], c["tag"], c["function"]) for c in row["clauses"]), tuple(row["near"]))
         for row in rows

@@ -29,10 +29,10 @@ from training.data import (
     VARIANTS,
     Asked,
     Composer,
+    Example,
     Function,
     Natural,
     by_trade,
-    documents,
     draw,
     halves,
     joins,
@@ -127,8 +127,6 @@ def run(
     steps: int,
     loss_of: Callable[[int], dict[str, torch.Tensor]],
     checkpoint: Path | None = None,
-    every: int = 0,
-    validate: Callable[[int], None] | None = None,
 ) -> None:
     """AdamW over `steps` with a linear decay; carries on from `checkpoint` and leaves its state there."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
@@ -140,7 +138,6 @@ def run(
         optimizer.load_state_dict(state["optimizer"])
         step, used = state["step"], state["used"]
         log.info("carrying on at step %d", step)
-    every = every or max(1, steps // 6)
     sums: dict[str, float] = {}
     saved = time.monotonic()
     while step < steps:
@@ -159,13 +156,11 @@ def run(
             sums[name] = 0.95 * sums.get(name, float(value.detach())) + 0.05 * float(value.detach())
         if step % 20 == 0:
             log.info("step %d of %d, %.0f s: %s", step, steps, used, {name: round(value, 3) for name, value in sums.items()})
-        if checkpoint and (step == steps or time.monotonic() - saved > 120):
+        if checkpoint and (step == steps or time.monotonic() - saved > 240):
             saved = time.monotonic()
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "used": used}
             torch.save(state, checkpoint.with_suffix(".part"))
             checkpoint.with_suffix(".part").replace(checkpoint)
-        if validate and (step % every == 0 or step == steps):
-            validate(step)
 
 
 # ── measuring ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -200,6 +195,33 @@ def clause_to_card(network: Bert, tokenizer: Tokenizer, functions: Sequence[Func
     return {name: round(r / count, 4) for name, r in zip(("card", "word", "both"), right, strict=True)}
 
 
+# ── the teacher ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tune(
+    network: Bert, tokenizer: Tokenizer, functions: Sequence[Function], steps: int, seed: int, rate: float, **how: Any
+) -> None:
+    """Teach the teacher whose a phrasing is: its upper half moves, phrasings, cards and their words with it."""
+    rng, trades, worth = random.Random(seed), by_trade(functions), Worth()
+    freeze(network, len(network.layers) // 2)
+
+    def loss_of(step: int) -> dict[str, torch.Tensor]:
+        rng.seed(f"{seed} {step}")
+        few = labeled(functions, trades, rng, 32)
+        vectors = network(rows_of([*few.asked, *few.cards, *few.words], tokenizer))
+        return judge(few, worth, *vectors.split([len(few.asked), len(few.cards), len(few.words)]))
+
+    groups = [{"params": [p for p in network.layers.parameters() if p.requires_grad], "lr": rate}]
+    run(nn.ModuleList([network, worth]), [*groups, {"params": list(worth.parameters()), "lr": 0.02}], steps, loss_of, **how)
+
+
+def freeze(network: Bert, layers: int) -> None:
+    """Keep the words, the positions and so many layers as they are."""
+    network.positions.requires_grad_(False)
+    for part in (network.words, network.norm, *network.layers[:layers]):
+        part.requires_grad_(False)
+
+
 # ── the student ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -217,7 +239,7 @@ class Known:
         return self.vectors[[self._number[text] for text in texts]]
 
 
-def texts_to_imitate(functions: Sequence[Function], asked: Sequence[Natural]) -> list[str]:
+def texts_to_imitate(functions: Sequence[Function], asked: Sequence[Natural], documents: Sequence[Example]) -> list[str]:
     """All we have on the training side: phrasings, cards, their words, whole questions, talk, documents."""
     found: dict[str, None] = {}
     for f in functions:
@@ -230,9 +252,20 @@ def texts_to_imitate(functions: Sequence[Function], asked: Sequence[Natural]) ->
     for phrases in joins()["decides"].values():
         found |= dict.fromkeys(halves(phrases, held=False))
     found |= dict.fromkeys(one.text for one in asked)
-    found |= dict.fromkeys(f"{name.replace('_', ' ')}: {c.definition}" for name, c in taxonomy.DEFAULT.items())
-    found |= dict.fromkeys(parts(document.text)[0] for document in documents())
+    found |= dict.fromkeys(definitions().values())
+    found |= dict.fromkeys(parts(document.text)[0] for document in documents)
     return list(found)
+
+
+def definitions() -> dict[str, str]:
+    """Of the shipped categories."""
+    return {name: f"{name.replace('_', ' ')}: {c.definition}" for name, c in taxonomy.DEFAULT.items() if name != taxonomy.OTHER}
+
+
+def glimpse(document: Example, rng: random.Random, most: int = 300) -> str:
+    """A stretch of a document, its beginning as often as any other."""
+    start = max(0, rng.randrange(-most, max(1, len(document.text) - most)))
+    return document.text[start : start + most]
 
 
 @dataclass
@@ -307,6 +340,7 @@ def distil(
     known: Known,
     functions: Sequence[Function],
     asked: Sequence[Natural],
+    documents: Sequence[Example],
     steps: int,
     seed: int,
     rate: float,
@@ -316,39 +350,37 @@ def distil(
     rng, trades = random.Random(seed), by_trade(functions)
     composer, worth = Composer(functions, rng, held=False), Worth()
     spoken = {p for f in functions for p in f.phrasings}
-    long = [parts(document.text)[0] for document in documents()]
-    others = [text for text in known.texts if text not in spoken and text not in long]
-    for part in (student.words, student.norm, student.layers[0]):  # they are the teacher's, and see what they saw there
-        part.requires_grad_(False)
-    student.positions.requires_grad_(False)
+    others = [text for text in known.texts if text not in spoken]
+    categories = {name: n for n, name in enumerate(definitions())}
+    meanings = known.of(list(definitions().values()))
+    freeze(student, len(student.layers) // 2)  # they are the teacher's, and see what they saw there
     tagger = list(student.tags.parameters())  # new, while all else begins as the teacher's
-    trained = [p for layer in student.layers[1:] for p in layer.parameters()]
+    trained = [p for p in student.layers.parameters() if p.requires_grad]
 
     def loss_of(step: int) -> dict[str, torch.Tensor]:
         rng.seed(f"{seed} {step}")  # the same step has the same texts, interrupted or not
-        losses = {}
         few = labeled(functions, trades, rng, 24)
-        asked_for = read(
-            [composer.natural(rng.choice(asked)) if n % 2 == 0 else composer.ask() for n in range(10)], tokenizer, known
-        )
-        plain = [*rng.sample(others, 14), rng.choice(long)]
+        whole = [composer.natural(rng.choice(asked)) if n % 2 == 0 else composer.ask() for n in range(10)]
+        asked_for = read(whole, tokenizer, known)
+        plain = rng.sample(others, 12)
+        filed = rng.sample(documents, 5)
         # All in one go: blocks are filled best that way.
-        rows = [*asked_for.rows, *rows_of([*few.asked, *plain], tokenizer)]
+        rows = [*asked_for.rows, *rows_of([*few.asked, *plain, *(glimpse(one, rng) for one in filed)], tokenizer)]
         states, cuts = student.states(rows)
-        bounds = list(pairwise(cuts))[len(asked_for.rows) :]
-        vectors = means(states, bounds)
-        said, texts = vectors[: len(few.asked)], vectors[len(few.asked) :]
-        cards, words = known.of(few.cards), known.of(few.words)
-        losses |= judge(few, worth, said, cards, words)
+        vectors = means(states, list(pairwise(cuts))[len(asked_for.rows) :])
+        said, texts, papers = vectors.split([len(few.asked), len(plain), len(filed)])
+        losses = judge(few, worth, said, known.of(few.cards), known.of(few.words))
         losses["texts"] = imitation(texts, known.of(plain))
-        losses["said"] = 0.5 * imitation(said, known.of(few.asked))
+        losses["said"] = 0.2 * imitation(said, known.of(few.asked))
+        target = torch.tensor([categories[one.category] for one in filed])
+        losses["papers"] = 0.3 * F.cross_entropy(12 * papers @ meanings.T, target)
         logits = states[: len(asked_for.begins)] @ student.tags.weight.T + student.tags.bias
         real, marked = asked_for.begins >= 0, asked_for.tags >= 0
         losses["begins"] = 3 * F.binary_cross_entropy_with_logits(logits[:, 0][real], asked_for.begins[real].float())
         losses["tags"] = 3 * F.cross_entropy(logits[:, 1:][marked], asked_for.tags[marked])
         meant = means(states, asked_for.spans)
-        losses["clauses"] = 0.5 * imitation(meant, asked_for.meant)
-        losses["whose"] = registry_loss(asked_for.labels, worth, meant, asked_for.card_vectors, asked_for.word_vectors)
+        losses["clauses"] = 0.2 * imitation(meant, asked_for.meant)
+        losses["whose"] = 2 * registry_loss(asked_for.labels, worth, meant, asked_for.card_vectors, asked_for.word_vectors)
         return losses
 
     groups = [

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,6 +43,13 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fitted: Calibration
     categories: list[str] = []  #: the columns of the tensor "categories"
     sensitivities: list[Sensitivity] = []  #: the columns of the tensor "sensitivities"
+
+
+def card_texts(cards: Iterable[Card]) -> tuple[list[str], list[list[str]]]:
+    """What is read of cards: each as a whole, and each of its words."""
+    some = list(cards)
+    words = [[word.replace("_", " ") for word in [*card.capabilities, *card.specialties]] for card in some]
+    return [card_text(card) for card in some], words
 
 
 class BuiltIn:
@@ -101,8 +108,8 @@ class BuiltIn:
     def likeness(self, asked: Sequence[Clause], question: Floats, cards: dict[str, Card]) -> list[Likeness]:
         """Per clause, how like the cards it and the whole question (a vector) are."""
         vectors = unit(np.stack([clause.state for clause in asked]))
-        words = [[word.replace("_", " ") for word in [*card.capabilities, *card.specialties]] for card in cards.values()]
-        known = self.known([*map(card_text, cards.values()), *itertools.chain(*words)])
+        wholes, words = card_texts(cards.values())
+        known = self.known([*wholes, *itertools.chain(*words)])
         by_card = vectors @ known[: len(cards)].T
         by_word = vectors @ known[len(cards) :].T
         begins = np.cumsum([0, *map(len, words)])[:-1]
@@ -113,18 +120,25 @@ class BuiltIn:
             for card, term, clause in zip(by_card, by_term, asked, strict=True)
         ]
 
-    def known(self, texts: list[str]) -> Floats:
-        """Vectors of texts that come again and again, each encoded once."""
+    def unread(self, cards: Iterable[Card]) -> list[str]:
+        """What of these cards was not read yet, as far as it can be kept: for `known`, before a question needs it."""
+        wholes, words = card_texts(cards)
         with self._lock:
-            new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
-            if new:
-                self._vectors.update(zip(new, self.network.encode(new), strict=True))
-            found = np.stack([self._vectors[text] for text in texts])
-            for text in texts:
+            return [text for text in dict.fromkeys([*wholes, *itertools.chain(*words)]) if text not in self._vectors][:_KEPT]
+
+    def known(self, texts: list[str]) -> Floats:
+        """Vectors of texts that come again and again, each encoded once (or twice, where two ask for it at the same time)."""
+        with self._lock:
+            found = {text: self._vectors[text] for text in texts if text in self._vectors}
+        if new := [text for text in dict.fromkeys(texts) if text not in found]:
+            found |= zip(new, self.network.encode(new), strict=True)
+        with self._lock:
+            self._vectors |= found
+            for text in found:
                 self._vectors.move_to_end(text)
             while len(self._vectors) > _KEPT:
                 self._vectors.popitem(last=False)
-        return found
+        return np.stack([found[text] for text in texts])
 
     # ── documents ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -5,9 +5,9 @@
           `-> linear -> how likely a clause begins here, and what the token's clause does
 
 Post-LN BERT after Devlin et al. 2018 (arXiv 1810.04805), mean pooling after Reimers and Gurevych 2019 (arXiv 1908.10084).
-Weights are stored as int8 with one scale per row and become float32 at load, all but the word table: of it only the rows a
-text needs are ever unpacked. Texts are packed one behind the other, so nothing is spent on padding. `training/bert.py`
-is the same network in torch; a test holds the two together.
+Matrices are stored as int8 with one scale per row and become float32 at load. The word table is stored in four bits; of it
+only the rows a text needs are ever unpacked. Texts are packed one behind the other, so nothing is spent on padding.
+`training/bert.py` is the same network in torch; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Shape(Struct, frozen=True, forbid_unknown_fields=True):
 
     width: int = 384
     heads: int = 12
-    layers: int = 3
+    layers: int = 6
     inner: int = 1536
 
 
@@ -69,7 +69,7 @@ class Network:
         self._words = weights["words"]
         self._word_scale = weights["words.scale"]
         self._dense = {
-            name: _unpacked(name, weights)
+            name: _widened(name, weights)
             for name in weights
             if name not in ("words", "categories", "sensitivities") and not name.endswith(".scale")
         }
@@ -107,7 +107,7 @@ class Network:
         """States of all tokens with [CLS] and [SEP], one text behind the other, and where each begins (and the last ends)."""
         cuts = [0, *np.cumsum([len(one) + 2 for one in ids]).tolist()]
         flat = np.array([token for one in ids for token in (self._begin, *one, self._end)])
-        x = self._words[flat].astype(np.float32) * self._word_scale[flat].astype(np.float32)[:, None]
+        x = unpacked(self._words[flat], self._word_scale[flat])
         x += np.concatenate([self._dense["positions"][: len(one) + 2] for one in ids])
         self._norm("norm", x)
         for number in range(self.shape.layers):
@@ -177,13 +177,41 @@ def quantized(matrix: Floats) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.floa
     return np.clip(np.rint(matrix / scale.astype(np.float32)[:, None]), -127, 127).astype(np.int8), scale
 
 
-def _unpacked(name: str, weights: dict[str, npt.NDArray[Any]]) -> Floats:
+#: Numbers of a word's vector that share a scale.
+GROUP: Final = 32
+
+
+def packed(matrix: Floats) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
+    """A matrix (rows, width) in four bits, -7 to 7, two numbers a byte (column n with column n + width / 2), and the scales of
+    `GROUP` columns each, those with the least squared error. What was unpacked before is packed without loss."""
+    rows, width = matrix.shape
+    groups = matrix.reshape(rows, -1, GROUP)
+    top = np.abs(groups).max(-1) / 7 + 1e-8
+    best, scale = np.full(top.shape, np.inf, np.float32), np.zeros(top.shape, np.float16)
+    for part in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
+        tried = (part * top).astype(np.float16)
+        wide = tried.astype(np.float32)[..., None]
+        error = np.square(np.clip(np.rint(groups / wide), -7, 7) * wide - groups).sum(-1)
+        scale = np.where(error < best, tried, scale)
+        best = np.minimum(error, best)
+    whole = np.clip(np.rint(groups / scale.astype(np.float32)[..., None]), -7, 7).astype(np.int8).reshape(rows, width)
+    nibbles = (whole + 8).astype(np.uint8)
+    return nibbles[:, : width // 2] | nibbles[:, width // 2 :] << 4, scale
+
+
+def unpacked(pairs: npt.NDArray[np.uint8], scale: npt.NDArray[np.float16]) -> Floats:
+    """Rows of a matrix that `packed` made smaller."""
+    whole = np.concatenate([pairs & 15, pairs >> 4], -1).astype(np.float32) - np.float32(8)
+    return whole * np.repeat(scale.astype(np.float32), GROUP, -1)
+
+
+def _widened(name: str, weights: dict[str, npt.NDArray[Any]]) -> Floats:
     value = weights[name].astype(np.float32)
     scale = weights.get(f"{name}.scale")
     return value if scale is None else value * scale.astype(np.float32)[:, None]
 
 
-_DTYPES: Final = {"I8": np.int8, "F16": np.float16, "F32": np.float32}
+_DTYPES: Final = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
 
 
 def read_weights(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -26,8 +26,10 @@ from hubpeer.encoder.network import (
     Tagged,
     card_text,
     gelu,
+    packed,
     quantized,
     read_weights,
+    unpacked,
     write_weights,
 )
 from hubpeer.encoder.reading import PARTS, parts
@@ -57,7 +59,7 @@ def random_weights(shape: Shape, vocabulary: int, seed: int) -> dict[str, np.nda
         found[f"{name}.gain"] = np.ones(shape.width, np.float32)
         found[f"{name}.bias"] = np.zeros(shape.width, np.float32)
 
-    keep("words", vocabulary, shape.width)
+    found["words"], found["words.scale"] = packed(rng.standard_normal((vocabulary, shape.width)).astype(np.float32))
     keep("positions", WINDOW + 2, shape.width)
     norm("norm")
     width, inner = shape.width, shape.inner
@@ -93,6 +95,15 @@ def builtin(network):
 
 
 # ── the network ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_four_bits_keep_a_word_recognisable_and_are_packed_again_without_loss():
+    words = np.random.default_rng(3).standard_normal((50, 64)).astype(np.float32) * np.linspace(0.01, 2, 64, dtype=np.float32)
+    pairs, scale = packed(words)
+    assert (pairs.shape, pairs.dtype, scale.shape) == ((50, 32), np.uint8, (50, 2))
+    again = unpacked(pairs, scale)
+    assert np.linalg.norm(again - words) < 0.12 * np.linalg.norm(words)
+    assert np.array_equal(unpacked(*packed(again)), again)
 
 
 def test_vectors_are_of_length_one_and_no_text_has_none(network):
@@ -139,6 +150,7 @@ def test_the_runtime_is_the_network_that_was_trained(tokenizer):
     ]
     with torch.no_grad():
         torch.nn.init.normal_(trained.positions, std=0.1)
+        trained.words.weight.data = torch.from_numpy(unpacked(*packed(trained.words.weight.numpy())))  # as `Bert.student` does
         states, cuts = trained.states(rows_of(texts, tokenizer))
         vectors = means(states, [(cuts[0], cuts[1]), (cuts[1], cuts[2])]).numpy()
         logits = (states @ trained.tags.weight.T + trained.tags.bias).numpy()[cuts[1] + 1 : cuts[2] - 1]
@@ -329,6 +341,17 @@ def test_every_draft_of_a_random_network_is_a_plan(builtin):
         made = plan.build(found, question, cards, "builtin_encoder", "p1", "2026-11-22T00:00:00Z")
         assert not isinstance(made, plan.Rejected), (query, made)
     assert known > 8
+
+
+def test_cards_read_ahead_are_not_read_for_the_question(network):
+    builtin = BuiltIn(network, Calibration(in_scope=0.2, bias=0.0))
+    assert builtin.unread([]) == []
+    builtin.known(builtin.unread(CARDS.values()))
+    assert builtin.unread(CARDS.values()) == []
+    read = builtin.status()["cached_texts"]
+    assert read == len(CARDS) + sum(len(card.capabilities) + len(card.specialties) for card in CARDS.values())
+    builtin.plan(PlanAsk("x", "how much fuel is left", CARDS, RULES))
+    assert builtin.status()["cached_texts"] == read
 
 
 @pytest.mark.parametrize("ask", [PlanAsk("x", "fuel?", {}, RULES), PlanAsk("x", " \n", CARDS, RULES)])
