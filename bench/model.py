@@ -26,6 +26,14 @@ ROUTE_PROMPT, ROUTE_NEW = 700, 400  # tokens of the specification's way
 DOCUMENT_PROMPT, DOCUMENT_NEW = 2000, 100
 
 
+class Figures(dict[str, Any]):
+    """What was measured; said at once, since the next figure may be minutes away."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        print(f"  {name} {value:.3f}" if isinstance(value, float) else f"  {name} {value}", file=sys.stderr, flush=True)
+
+
 def memory() -> dict[str, int]:
     lines = Path("/proc/self/status").read_text().splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) // 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
@@ -70,7 +78,7 @@ def ours(folder: Path, cache: Path) -> dict[str, Any]:
     from hubpeer.model.grammar import Line, line_grammar
     from hubpeer.model.local import LocalModel
 
-    figures: dict[str, Any] = {}
+    figures = Figures()
     if os.environ.get("HUBPEER_BENCH_COLD"):
         began = time.perf_counter()
         cold = LocalModel(config.Model(name=str(folder), threads=2), folder)
@@ -172,7 +180,7 @@ def logits(folder: Path, cache: Path) -> dict[str, Any]:
     with torch.no_grad():
         theirs = model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1]
     del model
-    figures: dict[str, Any] = {}
+    figures = Figures()
     kinds: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
     for kind in kinds:
         weights = load_weights(folder, kind, cache if kind == "int8" else None)
@@ -200,7 +208,8 @@ def generate(folder: Path, dtype: torch.dtype, tokens: int = 12) -> dict[str, An
 
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    figures: dict[str, Any] = {"load_s": time.perf_counter() - began}
+    figures = Figures()
+    figures["load_s"] = time.perf_counter() - began
 
     def run(prompt: int, new: int) -> float:
         ids = torch.randint(0, 100_000, (1, prompt), generator=torch.Generator().manual_seed(0))
