@@ -6,6 +6,7 @@ which is what sampling under a grammar does; the time of grammar and sampler is 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -78,7 +79,7 @@ def measure(folder: Path, cache: Path, kind: str, document: tuple[int, int]) -> 
         from llama_cpp import Llama
     except ModuleNotFoundError as missing:
         return {"route_s": f"{missing.name} is not installed"}
-    path = cache / f"{kind}.gguf"
+    path = cache / f"{hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()}.{kind}.gguf"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         write_gguf(folder, path, kind)
@@ -88,20 +89,23 @@ def measure(folder: Path, cache: Path, kind: str, document: tuple[int, int]) -> 
     most = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
     ids = torch.randint(0, most, (sum(document),), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def read(start: int, count: int, at_once: bool) -> float:
+    def read(start: int, count: int) -> float:
         """Seconds for so many tokens behind the first `start`, which stay as they are."""
         model.n_tokens = start
         began = time.perf_counter()
-        for n in range(start, start + count, count if at_once else 1):
-            model.eval(ids[n : n + (count if at_once else 1)])
+        model.eval(ids[start : start + count])
         return time.perf_counter() - began
 
-    cold = read(0, PREFIX, True)
-    routes = [(read(PREFIX, NEW, True), read(PREFIX + NEW, PLAN, False)) for _ in range(3)]
+    def write(start: int, count: int) -> float:
+        """The same, token by token."""
+        return sum(read(n, 1) for n in range(start, start + count))
+
+    cold = read(0, PREFIX)
+    routes = [(read(PREFIX, NEW), write(PREFIX + NEW, PLAN)) for _ in range(3)]
     figures["route_s"] = min(new + plan for new, plan in routes)
     figures["route_cold_s"] = cold + figures["route_s"]
-    figures["prefill_tokens_per_s"] = round(PREFIX / min(cold, read(0, PREFIX, True)))
+    figures["prefill_tokens_per_s"] = round(PREFIX / min(cold, read(0, PREFIX)))
     figures["decode_tokens_per_s"] = round(PLAN / min(plan for _, plan in routes), 1)
-    figures["document_s"] = read(0, document[0], True) + read(*document, False)
+    figures["document_s"] = read(0, document[0]) + write(*document)
     model.close()
     return figures

@@ -172,7 +172,7 @@ def logits(folder: Path, cache: Path) -> dict[str, Any]:
     token is the same. Random weights exaggerate: nothing in them is redundant."""
     from transformers import AutoModelForCausalLM
 
-    from hubpeer.model.forward import Feed, Forward, Memory, Node
+    from hubpeer.model.forward import Feed, Forward, Memory, Node, units
     from hubpeer.model.load import load_weights
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -190,7 +190,7 @@ def logits(folder: Path, cache: Path) -> dict[str, Any]:
             with torch.inference_mode():
                 for size in sizes:
                     node = Node(first, size, node)
-                    first += -(-size // 16) * 16
+                    first += units(size)
                     [ours] = forward.run([Feed(node, ids[at : at + size], True)])
                     at += size
             figures[f"{kind}_{name}_error"] = f"{float((ours - theirs).norm() / theirs.norm()):.1e}"

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from hubpeer import taxonomy
-from hubpeer.encoder.network import TAGS, WINDOW, card_text
-from hubpeer.encoder.reading import parts
+from hubpeer.encoder.network import TAGS, WINDOW, card_text, card_words
+from hubpeer.encoder.reading import meanings, parts
 from training.bert import Bert, means, rows_of
 from training.data import (
     RULES,
@@ -41,6 +41,8 @@ from training.data import (
 
 log = logging.getLogger("training")
 MISSING = -1e4
+#: What a document may be.
+CATEGORIES = {name: category for name, category in taxonomy.DEFAULT.items() if name != taxonomy.OTHER}
 
 
 @dataclass
@@ -61,9 +63,9 @@ def labeled(functions: Sequence[Function], trades: dict[str, list[Function]], rn
     cards = [f.card(rng) for f in chosen]
     words, owner = [], []
     for n, card in enumerate(cards):
-        names = [*card.capabilities, *card.specialties]
+        names = card_words(card)
         for name in rng.sample(names, min(3, len(names))):
-            words.append(name.replace("_", " "))
+            words.append(name)
             owner.append(n)
     asked, right = [rng.choice([*f.phrasings, *f.said]) for f in chosen], list(range(size))
     talk = halves(joins()["small_talk"], held=False)
@@ -173,7 +175,7 @@ def clause_to_card(network: Bert, tokenizer: Tokenizer, functions: Sequence[Func
     cards = [f.card(rng) for f in functions]
     asked = network.encode([p for f in functions for p in f.phrasings], tokenizer)
     wholes = network.encode([card_text(c) for c in cards], tokenizer)
-    names = [[n.replace("_", " ") for n in [*c.capabilities, *c.specialties]] for c in cards]
+    names = [card_words(c) for c in cards]
     words = network.encode([n for some in names for n in some], tokenizer)
     owner = torch.tensor([n for n, some in enumerate(names) for _ in some])
     by_card = asked @ wholes.T
@@ -252,14 +254,9 @@ def texts_to_imitate(functions: Sequence[Function], asked: Sequence[Natural], do
     for phrases in joins()["decides"].values():
         found |= dict.fromkeys(halves(phrases, held=False))
     found |= dict.fromkeys(one.text for one in asked)
-    found |= dict.fromkeys(definitions().values())
+    found |= dict.fromkeys(meanings(CATEGORIES))
     found |= dict.fromkeys(parts(document.text)[0] for document in documents)
     return list(found)
-
-
-def definitions() -> dict[str, str]:
-    """Of the shipped categories."""
-    return {name: f"{name.replace('_', ' ')}: {c.definition}" for name, c in taxonomy.DEFAULT.items() if name != taxonomy.OTHER}
 
 
 def glimpse(document: Example, rng: random.Random, most: int = 300) -> str:
@@ -297,8 +294,8 @@ def read(asked: Sequence[Asked], tokenizer: Tokenizer, known: Known) -> Read:
     for one, e in zip(asked, encoded, strict=True):
         first = len(cards)
         for card in one.cards.values():
-            for name in [*card.capabilities, *card.specialties]:
-                words.append(name.replace("_", " "))
+            for name in card_words(card):
+                words.append(name)
                 owner.append(len(cards))
             cards.append(card_text(card))
         names = list(one.cards)
@@ -351,8 +348,8 @@ def distil(
     composer, worth = Composer(functions, rng, held=False), Worth()
     spoken = {p for f in functions for p in f.phrasings}
     others = [text for text in known.texts if text not in spoken]
-    categories = {name: n for n, name in enumerate(definitions())}
-    meanings = known.of(list(definitions().values()))
+    number_of = {name: n for n, name in enumerate(CATEGORIES)}
+    defined = known.of(meanings(CATEGORIES))
     freeze(student, len(student.layers) // 2)  # they are the teacher's, and see what they saw there
     tagger = list(student.tags.parameters())  # new, while all else begins as the teacher's
     trained = [p for p in student.layers.parameters() if p.requires_grad]
@@ -372,8 +369,8 @@ def distil(
         losses = judge(few, worth, said, known.of(few.cards), known.of(few.words))
         losses["texts"] = imitation(texts, known.of(plain))
         losses["said"] = 0.2 * imitation(said, known.of(few.asked))
-        target = torch.tensor([categories[one.category] for one in filed])
-        losses["papers"] = 0.3 * F.cross_entropy(12 * papers @ meanings.T, target)
+        target = torch.tensor([number_of[one.category] for one in filed])
+        losses["papers"] = 0.3 * F.cross_entropy(12 * papers @ defined.T, target)
         logits = states[: len(asked_for.begins)] @ student.tags.weight.T + student.tags.bias
         real, marked = asked_for.begins >= 0, asked_for.tags >= 0
         losses["begins"] = 3 * F.binary_cross_entropy_with_logits(logits[:, 0][real], asked_for.begins[real].float())

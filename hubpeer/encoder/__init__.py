@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from hubpeer.encoder import reading
 from hubpeer.encoder.decide import Calibration, Clause, Declined, Likeness, Weighed, clauses, decide, evidence, joined, requests
-from hubpeer.encoder.network import RULES, Floats, Network, Shape, card_text, read_weights, unit
+from hubpeer.encoder.network import RULES, Floats, Network, Shape, card_text, card_words, read_weights, unit
 from hubpeer.encoder.reading import Heads, no_heads
 from hubpeer.model import DocAsk, PlanAsk
 from hubpeer.plan import Draft
@@ -48,8 +48,7 @@ class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def card_texts(cards: Iterable[Card]) -> tuple[list[str], list[list[str]]]:
     """What is read of cards: each as a whole, and each of its words."""
     some = list(cards)
-    words = [[word.replace("_", " ") for word in [*card.capabilities, *card.specialties]] for card in some]
-    return [card_text(card) for card in some], words
+    return [card_text(card) for card in some], [card_words(card) for card in some]
 
 
 class BuiltIn:

@@ -55,9 +55,14 @@ class Tagged(NamedTuple):
     states: Floats
 
 
+def card_words(card: Card) -> list[str]:
+    """Its capabilities and specialties, as one would say them."""
+    return [name.replace("_", " ") for name in [*card.capabilities, *card.specialties]]
+
+
 def card_text(card: Card) -> str:
     """What of a card is compared with a question. Its agent's name is not: it may be anything."""
-    words = ", ".join(name.replace("_", " ") for name in [*card.capabilities, *card.specialties])
+    words = ", ".join(card_words(card))
     return f"{words}. {card.description}" if card.description else words
 
 

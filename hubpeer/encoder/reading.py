@@ -55,7 +55,7 @@ def parts(text: str) -> list[str]:
 def evidence(vectors: Floats, rules: Categorization, known: Taxonomy, encode: Encode, heads: Heads) -> Floats:
     """What speaks for each category of a taxonomy: its definition, its words and, where it is the one we ship, the head, as
     (3 or 2, categories)."""
-    near = vectors @ encode([f"{name.replace('_', ' ')}: {category.definition}" for name, category in known.items()]).T
+    near = vectors @ encode(meanings(known)).T
     found = {str(other["category"]): float(other["score"]) for other in rules.alternatives}
     found[rules.category] = max(0.0, 1 - sum(found.values())) if rules.confidence else 0.0
     speaks = [0.5 * near.mean(0) + 0.5 * near.max(0), np.array([found.get(name, 0.0) for name in known])]
@@ -63,6 +63,11 @@ def evidence(vectors: Floats, rules: Categorization, known: Taxonomy, encode: En
         learned = extended(whole(vectors)) @ heads.category
         speaks.append(learned[[heads.categories.index(name) for name in known]])
     return np.array(speaks, np.float32)
+
+
+def meanings(known: Taxonomy) -> list[str]:
+    """What of each category is compared with a document."""
+    return [f"{name.replace('_', ' ')}: {category.definition}" for name, category in known.items()]
 
 
 def shipped(known: Taxonomy) -> bool:

@@ -133,7 +133,7 @@ async def test_a_second_hub_on_the_same_data_is_refused(data: Path) -> None:
     assert hub.stop() == 0
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.3])
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.0])
 async def test_told_to_stop_while_its_server_is_gone_it_stops(data: Path, seconds: float) -> None:
     hub = Hub(data).start()
     server = _server_of(data)
