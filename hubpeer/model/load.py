@@ -484,6 +484,15 @@ def _cached(file: Any, names: Sequence[str]) -> Linear:
     return Int8Linear(weight, scales)
 
 
+def few_kernels() -> None:
+    """Keep oneDNN from collecting kernels: it compiles one for every shape and keeps 1,024 of them, 0.3 to 0.5 MiB each.
+
+    A hub that has seen many lengths would hold 400 MiB of them. A route of thirty steps asks for some 60 kernels and a document
+    for 35, at 0.5 ms where one has to be compiled again. Read by oneDNN at its first product; what the environment says wins.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+
 def keep_pages() -> None:
     """Let the allocator keep what a step frees for the next step.
 

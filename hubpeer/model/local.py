@@ -21,7 +21,7 @@ from hubpeer.model import DocAsk, PlanAsk, PlanDraft
 from hubpeer.model.categorizer import Categorizer
 from hubpeer.model.engine import Engine, Job
 from hubpeer.model.folder import find
-from hubpeer.model.load import Weights, keep_pages, load_weights, read_shape, trim
+from hubpeer.model.load import Weights, few_kernels, keep_pages, load_weights, read_shape, trim
 from hubpeer.model.planner import Planner
 from hubpeer.model.prompt import Words, read_layout
 from hubpeer.model.requests import Task
@@ -39,6 +39,7 @@ class LocalModel:
         self._cache = Path(settings.cache).expanduser() if settings.cache else None
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        few_kernels()
         keep_pages()
         began = time.monotonic()
         shape = read_shape(folder)
@@ -55,6 +56,7 @@ class LocalModel:
             )
         self._planner = Planner(self._words, layout, min(context, self._tokens))
         self._categorizer = Categorizer(self._words, layout, min(context, self._tokens // 2))
+        trim()  # of what reading the tokenizer took
         self._weights: Weights | None = load_weights(folder, settings.dtype, self._cache)
         self.revision = f"{self._weights.tensors.content.hexdigest()[:12]}-{settings.dtype}"
         self._load_s = time.monotonic() - began

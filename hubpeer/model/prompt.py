@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -20,8 +21,9 @@ from hubpeer.model.load import Shape
 class Words:
     """The model's tokenizer.
 
-    Markers of the layout become special tokens. Data never does: it goes through a second tokenizer that knows no special
-    tokens at all, so `<|eot_id|>` in a query is nine letters and some signs.
+    The tokenizer proper knows no special tokens at all, so `<|eot_id|>` in a query is nine letters and some signs. Markers of
+    the layout are cut at their special tokens first; there is no second tokenizer for them, as one with the 280,000 merges of
+    Llama 3 takes some 50 MiB.
     """
 
     def __init__(self, folder: Path, shape: Shape) -> None:
@@ -29,15 +31,15 @@ class Words:
         try:
             raw = path.read_text("utf-8")
             settings = json.loads(raw)
-            self._marking = Tokenizer.from_str(raw)
-            self.specials = frozenset(int(token["id"]) for token in settings.get("added_tokens") or [])
+            self._special = {str(token["content"]): int(token["id"]) for token in settings.get("added_tokens") or []}
             bare = settings | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
             self._plain = Tokenizer.from_str(json.dumps(bare))
         except OSError as exc:
             raise SettingsError(f"{path} cannot be read: {exc.strerror}") from exc
         except Exception as exc:  # the tokenizers package raises bare Exception for whatever is wrong with the file
             raise SettingsError(f"{path} is not a tokenizer this version can use: {exc}") from exc
-        if self._marking.get_vocab_size() > shape.vocab:
+        self.specials = frozenset(self._special.values())
+        if max(self._plain.get_vocab_size() - 1, *self.specials, 0) >= shape.vocab:
             raise SettingsError(f"{path} has more tokens than config.json's vocab_size")
         self.stops = frozenset(shape.stops)
         if not self.stops:
@@ -53,12 +55,15 @@ class Words:
 
     def marker(self, text: str) -> list[int]:
         """A marker of the layout as tokens; special tokens in it must exist."""
-        ids: list[int] = self._marking.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def is_special(self, text: str) -> bool:
-        token = self._marking.token_to_id(text)
-        return token is not None and token in self.specials
+        names = sorted(self._special, key=len, reverse=True)  # where one begins like another, the longer one is meant
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        return [
+            token
+            for part in parts
+            for token in (
+                [self._special[part]] if part in self._special else self._plain.encode(part, add_special_tokens=False).ids
+            )
+        ]
 
     def text(self, ids: Iterable[int]) -> str:
         """Tokens as text, without special ones; half characters at the ends fall away."""

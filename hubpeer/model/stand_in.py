@@ -83,7 +83,7 @@ def make(folder: Path, config: dict[str, Any] | None = None, seed: int = 0, spre
 
 
 def make_tokenizer(vocab: int, seed: int) -> Tokenizer:
-    """A byte-level BPE of exactly `vocab` entries: trained merges, then filler words, then Llama 3's special tokens."""
+    """A byte-level BPE of exactly `vocab` entries: trained merges, then random ones, then Llama 3's special tokens."""
     rng = random.Random(seed)  # noqa: S311  not secrecy
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,11 +96,15 @@ def make_tokenizer(vocab: int, seed: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(text, trainer)
     model = json.loads(tokenizer.to_str())
-    entries = model["model"]["vocab"]
+    entries, merges = model["model"]["vocab"], model["model"]["merges"]
+    parts = list(entries)
     while len(entries) < vocab - len(SPECIALS):
-        # Never produced by encoding (no merge leads to them), but the model can write them and every mask covers them.
-        word = rng.choice(["Ġ", ""]) + "".join(rng.choices(_WORDS, k=rng.randint(1, 3))) + str(rng.randrange(100))
-        entries.setdefault(word, len(entries))
+        # As in a real vocabulary, every entry is merged from two others, and every mask covers it; few occur in any text.
+        left, right = rng.choice(parts), rng.choice(parts)
+        if len(left + right) <= 20 and left + right not in entries:
+            entries[left + right] = len(entries)
+            merges.append([left, right])
+            parts.append(left + right)
     tokenizer = Tokenizer.from_str(json.dumps(model))
     tokenizer.add_special_tokens(SPECIALS)
     return tokenizer
