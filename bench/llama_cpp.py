@@ -14,8 +14,12 @@ from typing import Any
 
 import torch
 
+from bench.clock import Clock
+
 #: Tokens of a route: the part of the prompt that stays, the part that is new, the plan of two agents as JSON.
 PREFIX, NEW, PLAN = 640, 60, 136
+#: Of a plan's tokens, those that are measured; the others take as long.
+MEASURED = 24
 
 
 def write_gguf(folder: Path, path: Path, kind: str) -> None:
@@ -72,40 +76,45 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def measure(folder: Path, cache: Path, kind: str, document: tuple[int, int]) -> dict[str, Any]:
+def measure(figures: dict[str, Any], clock: Clock, folder: Path, cache: Path, kind: str, document: tuple[int, int]) -> None:
     """The figures of one quantization; `document` is its prompt's and its answer's tokens."""
     try:
         import gguf  # noqa: F401
         from llama_cpp import Llama
     except ModuleNotFoundError as missing:
-        return {"route_s": f"{missing.name} is not installed"}
+        figures["route_s"] = f"{missing.name} is not installed"
+        return
     path = cache / f"{hashlib.blake2b(str(folder.resolve()).encode(), digest_size=6).hexdigest()}.{kind}.gguf"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         write_gguf(folder, path, kind)
     began = time.perf_counter()
     model = Llama(str(path), n_ctx=2304, n_threads=2, n_threads_batch=2, n_batch=512, verbose=False)
-    figures: dict[str, Any] = {"load_s": time.perf_counter() - began}
+    figures["load_s"] = clock.since(began).given
     most = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
     ids = torch.randint(0, most, (sum(document),), generator=torch.Generator().manual_seed(0)).tolist()
 
     def read(start: int, count: int) -> float:
         """Seconds for so many tokens behind the first `start`, which stay as they are."""
         model.n_tokens = start
-        began = time.perf_counter()
-        model.eval(ids[start : start + count])
-        return time.perf_counter() - began
+        return clock.time(lambda: model.eval(ids[start : start + count])).given
 
     def write(start: int, count: int) -> float:
         """The same, token by token."""
-        return sum(read(n, 1) for n in range(start, start + count))
 
-    cold = read(0, PREFIX)
-    routes = [(read(PREFIX, NEW), write(PREFIX + NEW, PLAN)) for _ in range(3)]
-    figures["route_s"] = min(new + plan for new, plan in routes)
-    figures["route_cold_s"] = cold + figures["route_s"]
-    figures["prefill_tokens_per_s"] = round(PREFIX / min(cold, read(0, PREFIX)))
-    figures["decode_tokens_per_s"] = round(PLAN / min(plan for _, plan in routes), 1)
-    figures["document_s"] = read(0, document[0]) + write(*document)
+        def work() -> None:
+            for at in range(start, start + count):
+                model.n_tokens = at
+                model.eval(ids[at : at + 1])
+
+        return clock.time(work).given
+
+    figures["prefill_s"] = read(0, PREFIX)
+    new, one = read(PREFIX, NEW), write(PREFIX + NEW, MEASURED) / MEASURED
+    figures["scaled_from_tokens"] = MEASURED
+    figures["route_s"] = new + PLAN * one
+    figures["route_cold_s"] = figures["prefill_s"] + figures["route_s"]
+    figures["prefill_tokens_per_s"] = round(PREFIX / figures["prefill_s"])
+    figures["decode_tokens_per_s"] = round(1 / one, 1)
+    figures["document_s"] = read(0, document[0]) + document[1] * one
     model.close()
-    return figures

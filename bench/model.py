@@ -1,9 +1,11 @@
-"""One part of the model's benchmarks; prints one JSON object. Started by bench/__main__.py."""
+"""One part of the model's benchmarks; prints each figure as a JSON object on a line. Started by bench/__main__.py."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -13,8 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn import functional as F  # noqa: N812  its usual name
 
 from bench import llama_cpp
+from bench.clock import Clock, Lap
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -27,11 +31,19 @@ DOCUMENT_PROMPT, DOCUMENT_NEW = 2000, 100
 
 
 class Figures(dict[str, Any]):
-    """What was measured; said at once, since the next figure may be minutes away."""
+    """What was measured; each figure is a line of JSON at once, so that a part that is stopped keeps what it had."""
 
     def __setitem__(self, name: str, value: Any) -> None:
+        value = round(value, 3) if isinstance(value, float) else value
         super().__setitem__(name, value)
-        print(f"  {name} {value:.3f}" if isinstance(value, float) else f"  {name} {value}", file=sys.stderr, flush=True)
+        print(json.dumps({name: value}), flush=True)
+
+    def put(self, more: dict[str, Any]) -> None:
+        for name, value in more.items():
+            self[name] = value
+
+    def lap(self, name: str, lap: Lap) -> None:
+        self[f"{name}_s"], self[f"{name}_wall_s"] = lap.given, lap.wall
 
 
 def memory() -> dict[str, int]:
@@ -40,134 +52,136 @@ def memory() -> dict[str, int]:
     return {"resident_mib": found["VmRSS"], "peak_mib": found["VmHWM"]}
 
 
-def timed(work: Callable[[], Any], times: int) -> list[float]:
-    taken = []
-    for _ in range(times):
-        began = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - began)
-    return sorted(taken)
+def best(clock: Clock, times: int, work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of so many: of short work, the one that nothing came between."""
+    return min(clock.time(work).given for _ in range(times))
 
 
-def ceilings() -> dict[str, float]:
+def ceilings(figures: Figures, clock: Clock) -> None:
     big = torch.ones(128 << 20)  # 512 MiB
-    read = 0.5 * 1.073741824 / timed(big.sum, 7)[0]
+    figures["memory_read_GB_per_s"] = round(big.nbytes / best(clock, 15, big.sum) / 1e9, 1)
     del big
-    figures = {"memory_read_GB_per_s": round(read, 1)}
+    operations = 2 * 700 * 2048 * 8192
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         x, w = torch.randn(700, 2048, dtype=dtype), torch.randn(8192, 2048, dtype=dtype)
-        best = timed(lambda x=x, w=w: torch.nn.functional.linear(x, w), 9)[0]
-        figures[f"{name}_GFLOP_per_s"] = round(2 * 700 * 2048 * 8192 / best / 1e9)
+        figures[f"{name}_GFLOP_per_s"] = round(operations / best(clock, 15, lambda x=x, w=w: F.linear(x, w)) / 1e9)
     from hubpeer.model.load import Int8Linear, quantize_rows
 
     linear = Int8Linear(*quantize_rows(torch.randn(8192, 2048)))
     x = torch.randn(700, 2048)
-    figures["int8_with_quantization_GOP_per_s"] = round(2 * 700 * 2048 * 8192 / timed(lambda: linear(x), 9)[0] / 1e9)
-    return figures
+    figures["int8_with_quantization_GOP_per_s"] = round(operations / best(clock, 15, lambda: linear(x)) / 1e9)
 
 
 # ── ours ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def ours(folder: Path, cache: Path) -> dict[str, Any]:
+def load(figures: Figures, clock: Clock, folder: Path) -> None:
+    """From the model's own files, quantized on the way."""
     from hubpeer import settings as config
-    from hubpeer import taxonomy
-    from hubpeer.jobs import Kind
-    from hubpeer.model import DocAsk, PlanAsk
-    from hubpeer.model.engine import Job
-    from hubpeer.model.grammar import Line, line_grammar
     from hubpeer.model.local import LocalModel
 
-    figures = Figures()
-    if os.environ.get("HUBPEER_BENCH_COLD"):
-        began = time.perf_counter()
-        cold = LocalModel(config.Model(name=str(folder), threads=2), folder)
-        figures["load_s"] = time.perf_counter() - began
-        figures["load_peak_mib"] = memory()["peak_mib"]
-        asyncio.run(cold.close())
-        del cold
+    began = time.perf_counter()
+    model = LocalModel(config.Model(name=str(folder), threads=2), folder)
+    figures.lap("load", clock.since(began))
+    asyncio.run(model.close())
+    figures.put(memory())
+
+
+def ours(figures: Figures, clock: Clock, folder: Path, cache: Path) -> None:
+    from hubpeer import settings as config
+    from hubpeer import taxonomy
+    from hubpeer.model import DocAsk, PlanAsk
+    from hubpeer.model.local import LocalModel
+
     began = time.perf_counter()
     model = LocalModel(config.Model(name=str(folder), threads=2, cache=str(cache)), folder)
-    figures["load_cached_s"] = time.perf_counter() - began
+    figures.lap("load_cached", clock.since(began))
     figures["loaded_mib"] = memory()["resident_mib"]
     cards = config.DEFAULT_AGENTS
     rules = ["finance_priority", "consensus_required", "ceo_decides"]
-
-    def ask(asker: str, query: str = QUERY, agents: int = 2) -> PlanAsk:
-        return PlanAsk(asker, query, {n: c for n, c in cards.items() if n != asker}, rules, agents)
-
     text = "The quarterly revenue of the company was 12 million, and the marketing budget is under review. "
+    numbers = itertools.count()
 
-    def document(tokens: int) -> DocAsk:
-        words = model._words
-        per = len(words.data(text))
+    def ask(asker: str) -> PlanAsk:
+        others = {name: card for name, card in cards.items() if name != asker}
+        return PlanAsk(asker, f"{QUERY} ({next(numbers)})", others, rules, 2)
+
+    async def route(asker: str) -> Lap:
+        began = time.perf_counter()
+        await model.plan(ask(asker), time.monotonic() + 600)
+        return clock.since(began)
+
+    def document() -> DocAsk:
         prefix = len(model._categorizer.task(DocAsk("acme", "", taxonomy.DEFAULT, ["finance", "sales"])).prefix)
-        return DocAsk("acme", text * max(1, (tokens - prefix) // per), taxonomy.DEFAULT, ["finance", "sales"])
+        times = (DOCUMENT_PROMPT - prefix) // len(model._words.data(text))
+        return DocAsk("acme", f"{text * times}{next(numbers)}", taxonomy.DEFAULT, ["finance", "sales"])
 
     async def measure() -> None:
-        async def route(asker: str, query: str = QUERY) -> float:
-            began = time.perf_counter()
-            await model.plan(ask(asker, query), time.monotonic() + 300)
-            return time.perf_counter() - began
-
-        figures["route_prompt_tokens"] = len(model._planner.prefix(ask("ceo")))
-        figures["route_cold_s"] = await route("ceo")
-        idle = sorted([await route("ceo", f"{QUERY} ({i})") for i in range(9)])
-        draft = await model.plan(ask("ceo"), time.monotonic() + 300)
-        figures["route_agents"] = len(draft.agents)
-        figures["route_s"], figures["route_median_s"] = idle[0], statistics.median(idle)
-        before = model.status()["tokens_per_s"]
-        figures["written_tokens_per_s_side_by_side"] = before["written"]
-        for asker in ("sales", "finance", "marketing"):
-            await route(asker)
-        began = time.perf_counter()
-        await asyncio.gather(*(route(a, f"{QUERY} {i}") for i in range(2) for a in ("ceo", "sales", "finance", "marketing")))
-        figures["eight_routes_s"] = time.perf_counter() - began
-        taken = []
-        for i in range(3):
-            began = time.perf_counter()
-            record = await model.categorize(document(2000 + i), None)
-            taken.append(time.perf_counter() - began)
-        figures["document_s"], figures["document_chars"] = min(taken), record.read_chars
-        documents = [asyncio.create_task(model.categorize(document(2000 + i), None)) for i in range(6)]
+        figures["prompt_tokens_kept"] = len(model._planner.prefix(ask("ceo")))
+        figures.lap("route_cold", await route("ceo"))
+        steps = model._engine.counts.steps
+        idle = [await route("ceo")]
+        figures["route_steps"] = model._engine.counts.steps - steps
+        idle.append(await route("ceo"))
+        figures.lap("route", min(idle, key=lambda lap: lap.given))
+        figures.lap("document", await categorized())
+        # Documents wait all the time; the routes come one after another.
+        documents = [asyncio.create_task(categorized())]
         beside = []
-        while not all(d.done() for d in documents):
-            await asyncio.sleep(0.3)
-            beside.append(await route("ceo", f"{QUERY} [{len(beside)}]"))
-        idle = sorted(idle + [await route("ceo", f"{QUERY} {{{i}}}") for i in range(6)])
-        beside.sort()
-        figures["routes_beside_documents"] = len(beside)
-        figures["route_p95_idle_s"] = idle[int(0.95 * (len(idle) - 1))]
-        figures["route_p95_beside_s"] = beside[int(0.95 * (len(beside) - 1))]
+        while not all(task.done() for task in documents):
+            beside.append(await route("ceo"))
+        idle.append(await route("ceo"))
+        figures["routes_idle"], figures["routes_beside_documents"] = len(idle), len(beside)
+        figures["route_p95_idle_s"], figures["route_p95_beside_s"] = p95(idle), p95(beside)
+        figures["document_beside_routes_s"] = max(task.result().given for task in documents)
+        figures.put(memory())
+        began = time.perf_counter()
+        await asyncio.gather(*(route(asker) for _ in range(2) for asker in ("ceo", "sales", "finance", "marketing")))
+        figures.lap("eight_routes", clock.since(began))
 
+    async def categorized() -> Lap:
+        began = time.perf_counter()
+        await model.categorize(document(), None)
+        return clock.since(began)
+
+    figures["weights_mib"] = round(model.status()["memory"]["weights_bytes"] / 2**20)
+    figures["kv_mib"] = round(model.status()["memory"]["kv_bytes"] / 2**20)
     asyncio.run(measure())
-    figures |= memory()
+    figures.put(memory())
+    figures.put(model.status()["prefix_cache"])
+    single_steps(clock, model, figures)
+    asyncio.run(model.close())
 
-    # Single figures, straight from the forward pass: one row that decodes, and a long stretch that is read.
+
+def p95(laps: list[Lap]) -> float:
+    return sorted(lap.given for lap in laps)[math.ceil(0.95 * len(laps)) - 1]
+
+
+def single_steps(clock: Clock, model: Any, figures: Figures) -> None:
+    """Straight from the forward pass: rows that decode, a long stretch that is read; and one mask of a grammar."""
     from hubpeer.model.forward import Feed, Forward, Memory, Node
+    from hubpeer.model.grammar import Line, line_grammar
 
     forward = Forward(model._weights, Memory(model._weights, 2048))
+
     with torch.inference_mode():
+        read = best(clock, 4, lambda: forward.run([Feed(Node(0, 1024), list(range(512)), True)]))
         node = Node(0, 1024)
-        read = timed(lambda: forward.run([Feed(Node(0, 1024), list(range(512)), True)]), 4)[0]
         forward.run([Feed(node, list(range(640)), False)])
         for rows in (1, 4, 8):
             nodes = [Node(1024 + 64 * i, 64, node) for i in range(rows)]
-            best = timed(lambda nodes=nodes: forward.run([Feed(n, [7], True) for n in nodes]), 40)
-            figures[f"step_ms_{rows}_rows"] = round(best[4] * 1000, 1)
-        figures["prefill_tokens_per_s"] = round(512 / read)
-        figures["decode_tokens_per_s"] = round(1000 / figures["step_ms_1_rows"], 1)
-    line = Line(model._words, line_grammar())
-    figures["mask_us"] = round(statistics.median(timed(line.mask, 200)) * 1e6)
-    floor = model._weights.nbytes
-    figures["weights_mib"] = round(floor / 2**20)
-    figures["kv_mib"] = round(model.status()["memory"]["kv_bytes"] / 2**20)
-    asyncio.run(model.close())
-    del Kind, Job
-    return figures
+            step = best(clock, 40, lambda nodes=nodes: forward.run([Feed(n, [7], True) for n in nodes]))
+            figures[f"step_ms_{rows}_rows"] = round(step * 1000, 1)
+    figures["prefill_tokens_per_s"] = round(512 / read)
+    figures["decode_tokens_per_s"] = round(1000 / figures["step_ms_1_rows"], 1)
+    line, masks = Line(model._words, line_grammar()), []
+    for token in model._words.data(QUERY):
+        masks.append(clock.time(line.mask).wall)
+        line.take(token)
+    figures["mask_us"], figures["mask_most_us"] = round(statistics.median(masks) * 1e6), round(max(masks) * 1e6)
 
 
-def logits(folder: Path, cache: Path) -> dict[str, Any]:
+def logits(figures: Figures, folder: Path, cache: Path) -> None:
     """The last logits of 200 tokens, ours against transformers' in fp32: relative L2 distance, and whether the most likely
     token is the same. Random weights exaggerate: nothing in them is redundant."""
     from transformers import AutoModelForCausalLM
@@ -180,7 +194,6 @@ def logits(folder: Path, cache: Path) -> dict[str, Any]:
     with torch.no_grad():
         theirs = model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1]
     del model
-    figures = Figures()
     kinds: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
     for kind in kinds:
         weights = load_weights(folder, kind, cache if kind == "int8" else None)
@@ -196,61 +209,81 @@ def logits(folder: Path, cache: Path) -> dict[str, Any]:
             figures[f"{kind}_{name}_error"] = f"{float((ours - theirs).norm() / theirs.norm()):.1e}"
             figures[f"{kind}_{name}_same_token"] = bool(ours.argmax() == theirs.argmax())
         del weights, forward
-    return figures | memory()
+    figures.put(memory())
 
 
 # ── the specification's way ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def generate(folder: Path, dtype: torch.dtype, tokens: int = 12) -> dict[str, Any]:
+def generate(figures: Figures, clock: Clock, folder: Path, dtype: torch.dtype, tokens: int = 8) -> None:
     """transformers' generate: prefill and a few tokens measured, the rest scaled from the time of one token."""
     from transformers import AutoModelForCausalLM
+    from transformers.generation.streamers import BaseStreamer
 
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    figures = Figures()
-    figures["load_s"] = time.perf_counter() - began
+    figures.lap("load", clock.since(began))
 
-    def run(prompt: int, new: int) -> float:
+    class Ticks(BaseStreamer):
+        """When each token was there; the first call brings the prompt."""
+
+        def __init__(self) -> None:
+            self.at: list[float] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.at.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def run(prompt: int, new: int) -> tuple[Lap, list[Lap]]:
+        """The prompt until its first token, and each token after it."""
         ids = torch.randint(0, 100_000, (1, prompt), generator=torch.Generator().manual_seed(0))
-        began = time.perf_counter()
+        ticks = Ticks()
         with torch.no_grad():
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=True,
-                           temperature=0.7, pad_token_id=0)  # fmt: skip
-        return time.perf_counter() - began
+                           temperature=0.7, pad_token_id=0, streamer=ticks)  # fmt: skip
+        clock.since(ticks.at[0])
+        laps = [Lap(a, b, clock.given(a, b)) for a, b in itertools.pairwise(ticks.at)]
+        return laps[0], laps[1:]
 
-    first = min(run(ROUTE_PROMPT, 1) for _ in range(2))
-    one = (min(run(ROUTE_PROMPT, tokens + 1) for _ in range(2)) - first) / tokens
-    long = run(DOCUMENT_PROMPT, 1)
+    run(32, 2)  # whatever happens only once
+    read, written = run(ROUTE_PROMPT, tokens + 1)
+    long, _ = run(DOCUMENT_PROMPT, 2)
+    one = statistics.median(lap.given for lap in written)
     figures["scaled_from_tokens"] = tokens
-    figures["prefill_tokens_per_s"] = round(ROUTE_PROMPT / first)
+    figures["prefill_tokens_per_s"] = round(ROUTE_PROMPT / read.given)
     figures["decode_tokens_per_s"] = round(1 / one, 1)
-    figures["route_s"] = first + (ROUTE_NEW - 1) * one
-    figures["route_cold_s"] = figures["route_s"]
-    figures["document_s"] = long + (DOCUMENT_NEW - 1) * one
-    return figures | memory()
+    figures["route_s"] = figures["route_cold_s"] = read.given + (ROUTE_NEW - 1) * one
+    figures["document_s"] = long.given + (DOCUMENT_NEW - 1) * one
+    figures.put(memory())
 
 
 def main() -> None:
     part, folder, cache = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    figures: dict[str, Any]
-    match part:
-        case "ceilings":
-            figures = ceilings()
-        case "ours":
-            figures = ours(folder, cache)
-        case "logits":
-            figures = logits(folder, cache)
-        case "generate_bf16":
-            figures = generate(folder, torch.bfloat16)
-        case "generate_fp32":
-            figures = generate(folder, torch.float32)
-        case "llama_cpp_q8" | "llama_cpp_q4":
-            kind = "Q8_0" if part.endswith("q8") else "Q4_0"
-            figures = llama_cpp.measure(folder, cache, kind, (DOCUMENT_PROMPT, DOCUMENT_NEW)) | memory()
-        case _:
-            sys.exit(f"no such part: {part}")
-    print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}))
+    figures = Figures()
+    with Clock() as clock:
+        began = time.perf_counter()
+        match part:
+            case "ceilings":
+                ceilings(figures, clock)
+            case "load":
+                load(figures, clock, folder)
+            case "ours":
+                ours(figures, clock, folder, cache)
+            case "logits":
+                logits(figures, folder, cache)
+            case "generate_bf16":
+                generate(figures, clock, folder, torch.bfloat16)
+            case "generate_fp32":
+                generate(figures, clock, folder, torch.float32)
+            case "llama_cpp_q8" | "llama_cpp_q4":
+                kind = "Q8_0" if part.endswith("q8") else "Q4_0"
+                llama_cpp.measure(figures, clock, folder, cache, kind, (DOCUMENT_PROMPT, DOCUMENT_NEW))
+                figures.put(memory())
+            case _:
+                sys.exit(f"no such part: {part}")
+        figures.lap("part", clock.since(began))
 
 
 if __name__ == "__main__":

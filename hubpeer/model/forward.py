@@ -133,7 +133,7 @@ class Forward:
             x += layer.out(mixed)
             gate_up = layer.gate_up(_norm(x, layer.norm2, shape.eps))  # [T, 2 * inner]
             gate, up = gate_up[:, : shape.inner], gate_up[:, shape.inner :]
-            x += layer.down(F.silu(gate) * up)
+            x += layer.down(F.silu(gate, inplace=True).mul_(up))  # in place: these are the largest tensors of a pass
         rows = [last[i] for i in range(len(feeds)) if feeds[i].wants]
         if not rows:
             return x.new_empty(0, shape.vocab)
