@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `bench` is no part of the package
 
-from bench.clock import Clock, common  # noqa: E402
+from bench.clock import Clock, common
 
 
 @pytest.mark.parametrize(
