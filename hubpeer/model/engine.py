@@ -25,7 +25,7 @@ from torch import Tensor
 from hubpeer.errors import Busy, HubError, Unavailable
 from hubpeer.jobs import Kind, Limits, Line, Refused, Ticket
 from hubpeer.model.forward import SHORT, Feed, Forward, Memory, Node, units
-from hubpeer.model.load import Weights
+from hubpeer.model.load import Weights, trim
 from hubpeer.model.prompt import Words
 from hubpeer.model.requests import (
     Branch,
@@ -129,6 +129,7 @@ class Engine:
         self._lock = threading.Condition()
         self._stopped: HubError | None = None
         self.step_began: float | None = None  # for the watchdog: monotonic, while a step runs
+        self._left = False  # a job left since memory was trimmed
 
     # ── from any thread ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -227,7 +228,11 @@ class Engine:
                     self._lock.wait()
                 if self._stopped is not None:
                     return
-            if not self.step():
+            worked = self.step()
+            if self._left:
+                self._left = False
+                trim()  # what a job leaves between the blocks of others adds up to a hundred megabytes
+            if not worked:
                 # Jobs wait for room that only running ones can give back, so this is rare: somebody was just canceled.
                 with self._lock:
                     if self._stopped is None and self._jobs:
@@ -453,6 +458,7 @@ class Engine:
 
     def _end(self, job: Job, result: Any, error: BaseException | None) -> None:
         """The job leaves: its room is free again, whatever it was doing."""
+        self._left = True
         if job in self._running:
             self._running.remove(job)
             job.story.close()

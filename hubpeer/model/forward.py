@@ -22,6 +22,8 @@ from hubpeer.model.load import Weights, rope_frequencies
 UNIT: Final = 16
 #: Rows that feed at most this many tokens are attended to together; longer ones one by one.
 SHORT: Final = 16
+#: Attention scores that are held at once for them, 8 MiB in bf16: a step of one job never has as many, eight jobs at once have.
+SCORES: Final = 4 << 20
 
 
 def units(tokens: int) -> int:
@@ -203,6 +205,8 @@ class _Attention:
 
     def _together(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The short rows at once; a node that several of them share is multiplied once. q [K, R, D] -> [K, R, D]."""
+        if len(q) > 1 and len(q) * q.shape[1] * self._width > SCORES:  # many rows: one key head after the other
+            return torch.cat([self._together(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(len(q))])
         scores = q.new_empty(q.shape[0], q.shape[1], self._width)
         for s in self._stretches:
             scores[:, s.rows, s.columns] = torch.bmm(q[:, s.rows], k[:, s.keys].transpose(1, 2))

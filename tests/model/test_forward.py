@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hubpeer.model import stand_in
+from hubpeer.model import forward, stand_in
 from hubpeer.model.forward import Feed, Forward, Memory, Node
 from hubpeer.model.load import Weights, load_weights
 
@@ -24,7 +24,7 @@ def reference(folder: Path, tokens: list[int]) -> torch.Tensor:
 def in_pieces(weights: Weights, tokens: list[int], sizes: list[int]) -> torch.Tensor:
     """The last logits after reading `tokens` in pieces, each a node behind the one before; other rows ride along."""
     memory = Memory(weights, 4096)
-    forward = Forward(weights, memory)
+    run = Forward(weights, memory).run
     other = Node(2048, 1024)
     node: Node | None = None
     at = free = 0
@@ -34,7 +34,7 @@ def in_pieces(weights: Weights, tokens: list[int], sizes: list[int]) -> torch.Te
             at += size
             node = Node(free, len(piece) + 3, node)
             free += -(-(len(piece) + 3) // 16) * 16
-            logits = forward.run([Feed(other, [5, 6], True), Feed(node, piece, True)])
+            logits = run([Feed(other, [5, 6], True), Feed(node, piece, True)])
         assert at >= len(tokens)
     return logits[1]
 
@@ -70,6 +70,14 @@ def test_pieces_and_company_change_nothing(weights: Weights, seed: int) -> None:
     tokens = [rng.randrange(1000) for _ in range(rng.randint(2, 200))]
     whole = in_pieces(weights, tokens, [len(tokens)])
     assert error(in_pieces(weights, tokens, sizes_of(rng, len(tokens))), whole) < 1e-5
+
+
+def test_many_rows_are_attended_to_one_head_at_a_time(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(8)
+    tokens = [rng.randrange(1000) for _ in range(60)]
+    whole = in_pieces(weights, tokens, [9] * 7)
+    monkeypatch.setattr(forward, "SCORES", 0)
+    assert torch.equal(in_pieces(weights, tokens, [9] * 7), whole)
 
 
 def test_siblings_share_their_parent_and_nothing_else(weights: Weights) -> None:
