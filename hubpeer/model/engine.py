@@ -129,7 +129,7 @@ class Engine:
         self._lock = threading.Condition()
         self._stopped: HubError | None = None
         self.step_began: float | None = None  # for the watchdog: monotonic, while a step runs
-        self._left = False  # a job left since memory was trimmed
+        self._litter = False  # a job left, or a long stretch was read, since memory was trimmed
 
     # ── from any thread ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -229,9 +229,9 @@ class Engine:
                 if self._stopped is not None:
                     return
             worked = self.step()
-            if self._left:
-                self._left = False
-                trim()  # what a job leaves between the blocks of others adds up to a hundred megabytes
+            if self._litter:
+                self._litter = False
+                trim()  # what lies free between the blocks of others adds up to a hundred megabytes
             if not worked:
                 # Jobs wait for room that only running ones can give back, so this is rare: somebody was just canceled.
                 with self._lock:
@@ -458,7 +458,7 @@ class Engine:
 
     def _end(self, job: Job, result: Any, error: BaseException | None) -> None:
         """The job leaves: its room is free again, whatever it was doing."""
-        self._left = True
+        self._litter = True
         if job in self._running:
             self._running.remove(job)
             job.story.close()
@@ -497,6 +497,7 @@ class Engine:
         c = self.counts
         c.steps += 1
         if any(len(feed.tokens) > SHORT for _, _, feed in batch):
+            self._litter = True
             c.read_tokens += total
             c.read_s += seconds
         else:
