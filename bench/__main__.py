@@ -67,13 +67,12 @@ def seconds(value: object) -> str:
 
 
 def times(a: object, b: object) -> str:
-    return f"{a / b:.1f}x" if isinstance(a, float) and isinstance(b, float) and b else "-"
+    return f"{a / b:.2f}x" if isinstance(a, float) and isinstance(b, float) and b else "-"
 
 
 def table(all_figures: dict[str, dict[str, float | str]]) -> str:
     ours, ceilings = all_figures.get("ours", {}), all_figures.get("ceilings", {})
-    if "load" in all_figures:
-        ours |= {"load_s": all_figures["load"].get("load_s", "-")}
+    columns = all_figures | {"ours": ours | {k: v for k, v in all_figures.get("load", {}).items() if k == "load_s"}}
     names = {
         "ours": "hubpeer int8",
         "generate_bf16": "generate bf16",
@@ -85,7 +84,7 @@ def table(all_figures: dict[str, dict[str, float | str]]) -> str:
     lines = [
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {machine()}.",
         "",
-        f"Ceilings in the same run: {json.dumps(ceilings)}",
+        f"Ceilings: {json.dumps(ceilings)}",
         "",
         "| | " + " | ".join(names[name] for name in others) + " |",
         "|---" * (len(others) + 1) + "|",
@@ -98,7 +97,7 @@ def table(all_figures: dict[str, dict[str, float | str]]) -> str:
         ("load_s", "load from the model's files (ours: quantizing)"),
         ("load_cached_s", "load, quantized cache"),
     ):
-        lines.append(f"| {label} | " + " | ".join(seconds(all_figures[name].get(key)) for name in others) + " |")
+        lines.append(f"| {label} | " + " | ".join(seconds(columns[name].get(key)) for name in others) + " |")
     for key, label in (
         ("prefill_tokens_per_s", "prefill, tokens/s"),
         ("decode_tokens_per_s", "decode one row, tokens/s"),

@@ -10,6 +10,7 @@ On a machine of its own the two are the same; where single cores come and go, wh
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import subprocess
@@ -43,7 +44,7 @@ def watch(core: int, path: Path) -> None:
 class Lap(NamedTuple):
     began: float
     ended: float
-    given: float = 0.0
+    given: float  #: of the seconds in between, those in which some core was there
 
     @property
     def wall(self) -> float:
@@ -80,14 +81,13 @@ class Clock:
 
     def since(self, began: float) -> Lap:
         """The lap from a reading of time.perf_counter() until now."""
-        lap = Lap(began, time.perf_counter())
-        time.sleep(20 * NAP)  # a watcher whose core has just come back writes its gap now
-        return lap._replace(given=self.given(lap.began, lap.ended))
+        return self.laps([began, time.perf_counter()])[0]
 
-    def given(self, began: float, ended: float) -> float:
-        """Of the seconds between two readings of time.perf_counter() a while ago, those in which some core was there."""
+    def laps(self, ticks: Sequence[float]) -> list[Lap]:
+        """Those between readings of time.perf_counter()."""
+        time.sleep(20 * NAP)  # a watcher whose core has just come back writes its gap now
         gaps = [list(_GAP.iter_unpack(_whole(path.read_bytes()))) for path in self._files]
-        return ended - began - common(gaps, began, ended)
+        return [Lap(a, b, b - a - common(gaps, a, b)) for a, b in itertools.pairwise(ticks)]
 
 
 def common(gaps: Sequence[Sequence[tuple[float, ...]]], began: float, ended: float) -> float:

@@ -22,7 +22,7 @@ from hubpeer.model.load import Weights, rope_frequencies
 UNIT: Final = 16
 #: Rows that feed at most this many tokens are attended to together; longer ones one by one.
 SHORT: Final = 16
-#: Attention scores that are held at once for them, 8 MiB in bf16: a step of one job never has as many, eight jobs at once have.
+#: Attention scores that are held at once for them, 8 MiB in bf16: a step of one route has fewer, that of eight at once more.
 SCORES: Final = 4 << 20
 
 

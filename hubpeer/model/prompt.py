@@ -39,6 +39,8 @@ class Words:
         except Exception as exc:  # the tokenizers package raises bare Exception for whatever is wrong with the file
             raise SettingsError(f"{path} is not a tokenizer this version can use: {exc}") from exc
         self.specials = frozenset(self._special.values())
+        names = sorted(self._special, key=len, reverse=True)  # where one begins like another, the longer one is meant
+        self._cut = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         if max(self._plain.get_vocab_size() - 1, *self.specials, 0) >= shape.vocab:
             raise SettingsError(f"{path} has more tokens than config.json's vocab_size")
         self.stops = frozenset(shape.stops)
@@ -56,15 +58,8 @@ class Words:
 
     def marker(self, text: str) -> list[int]:
         """A marker of the layout as tokens; special tokens in it must exist."""
-        names = sorted(self._special, key=len, reverse=True)  # where one begins like another, the longer one is meant
-        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-        return [
-            token
-            for part in parts
-            for token in (
-                [self._special[part]] if part in self._special else self._plain.encode(part, add_special_tokens=False).ids
-            )
-        ]
+        parts = self._cut.split(text)
+        return [token for part in parts for token in ([self._special[part]] if part in self._special else self.data(part))]
 
     def text(self, ids: Iterable[int]) -> str:
         """Tokens as text, without special ones; half characters at the ends fall away."""
