@@ -7,7 +7,10 @@ Comments beside tensors give their shapes: T tokens in this pass, H query heads,
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Final
 
@@ -68,20 +71,31 @@ class Feed(msgspec.Struct, frozen=True):
 
 
 class Memory:
-    """Keys and values of everything that is read, allocated once."""
+    """Keys and values of everything that is read, reserved once."""
 
     def __init__(self, weights: Weights, tokens: int) -> None:
         shape = weights.shape
         dtype = torch.float32 if weights.kind == "fp32" else torch.bfloat16
         size = (shape.layers, shape.kv_heads, units(tokens), shape.head_dim)
-        # Zeros, not garbage: lengths are rounded up to whole units, and 0 * NaN is NaN.
-        self.k = torch.zeros(size, dtype=dtype)
-        self.v = torch.zeros(size, dtype=dtype)
+        self.k, self.v = _pages(size, dtype), _pages(size, dtype)
         self.tokens = size[2]
 
     @property
     def nbytes(self) -> int:
         return int(self.k.nbytes + self.v.nbytes)
+
+
+def _pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in pages that take no memory before something is written to them: resident is what was ever used at once.
+
+    Zeros, not garbage: lengths are rounded up to whole units, and 0 * NaN is NaN. No huge pages: one would hold 16,384 tokens
+    of one head, and be filled by the first.
+    """
+    pages = mmap.mmap(-1, math.prod(size) * dtype.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(size)
 
 
 class _Stretch(msgspec.Struct, frozen=True):

@@ -491,7 +491,7 @@ def few_kernels() -> None:
     A hub that has seen many lengths would hold 400 MiB of them. A route of thirty steps asks for some 60 kernels and a document
     for 35, at 0.5 ms where one has to be compiled again. Read by oneDNN at its first product; what the environment says wins.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "96")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def keep_pages() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -92,3 +93,17 @@ def test_siblings_share_their_parent_and_nothing_else(weights: Weights) -> None:
         for row, first in ((0, 2), (1, 3)):
             expected = alone.run([Feed(Node(0, 64), [*range(40), first, 4], True)])
             assert error(both[row], expected[0]) < 1e-5
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux how much is resident")
+def test_memory_is_resident_once_it_is_used(weights: Weights) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    memory = Memory(weights, (32 << 20) // weights.shape.kv_bytes_per_token)
+    assert memory.nbytes >= 64 << 20
+    assert resident() - before < 16 << 20
+    assert not memory.k[:, :, 5].any()
+    memory.k.fill_(1)
+    assert resident() - before > 16 << 20

@@ -56,7 +56,7 @@ def check(ask: PlanAsk, draft: PlanDraft) -> None:
 
 
 def test_every_plan_of_a_random_model_is_valid(make_engine, terse: Planner) -> None:
-    engine = make_engine(temperature=1.0, seed=11)
+    engine = make_engine(tokens=49152, temperature=1.0, seed=11)
     rng = random.Random(f"plans {PLANS}")
     waiting: list[tuple[PlanAsk, Task, Given]] = []
     for number in range(PLANS):
@@ -64,7 +64,7 @@ def test_every_plan_of_a_random_model_is_valid(make_engine, terse: Planner) -> N
         ask = PlanAsk("asker", hostile(rng), cards, rng.sample(RULES, rng.randint(1, 3)), rng.randint(1, 6))
         task = terse.task(ask)
         waiting.append((ask, task, Given(engine, task, client=f"c{number % 7}")))
-        if len(waiting) == 8 or number == PLANS - 1:
+        if len(waiting) == 24 or number == PLANS - 1:
             run(engine, *(given for _, _, given in waiting))
             for ask, _, given in waiting:
                 assert given.error is None, (ask, given.error)
