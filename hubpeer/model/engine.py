@@ -482,7 +482,7 @@ class Engine:
             job.answers.append(lambda: self._written(writing))
         elif isinstance(request, Choose):
             choosing = Choosing(request, draw)
-            job.rows += choosing.rows
+            job.rows += choosing.rows()
             job.answers.append(choosing.answer)
         else:
             if request.branch.pending:

@@ -494,19 +494,33 @@ def few_kernels() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
+#: Free memory at the end of an arena that glibc keeps (M_TRIM_THRESHOLD): what a step frees is for the next step.
+KEPT: Final = 128 << 20
+_TRIM_THRESHOLD: Final = -1
+
+
 def keep_pages() -> None:
     """Let the allocator keep what a step frees for the next step.
 
     By default glibc maps every large block anew and unmaps it when it is freed: a 256-token step of the 1B shape then takes a
-    quarter of a million page faults. The model's thread gets the main arena too, as others cannot hold such blocks.
+    quarter of a million page faults. The model's thread gets an arena that is there: new ones hold no such blocks.
     """
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         libc = ctypes.CDLL(None)
-        for option, value in ((-3, 32 << 20), (-1, 128 << 20), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+        for option, value in ((-3, 32 << 20), (_TRIM_THRESHOLD, KEPT), (-8, 1)):  # M_MMAP_THRESHOLD, M_ARENA_MAX
             libc.mallopt(option, value)
 
 
 def trim() -> None:
-    """Hand memory that the allocator keeps for later back to the system: what loading left is never needed again."""
+    """Hand memory that the allocator keeps for later back to the system: what loading and jobs left is not needed again.
+
+    `malloc_trim` leaves the free end of every arena but the first one as it is. That of the calling thread's goes when a block
+    is freed while the threshold is low.
+    """
     with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        libc.malloc_trim(0)
+        libc.mallopt(_TRIM_THRESHOLD, 0)
+        libc.free(libc.malloc(1 << 17))
+        libc.mallopt(_TRIM_THRESHOLD, KEPT)

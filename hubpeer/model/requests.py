@@ -165,7 +165,7 @@ class Row:
 
 def reading(branch: Branch) -> Row:
     def settle(logits: Tensor) -> list[int]:
-        branch.logits = logits
+        branch.logits = logits.clone()  # a row of a step's logits would keep those of all its rows
         branch.pending = []
         return []
 
@@ -221,57 +221,59 @@ class Choosing:
 
     def __init__(self, request: Choose, draw: Draw) -> None:
         self._trie = grammar.options_trie(request.options)
-        self._count, self._ends, self._draw = len(request.options), request.ends, draw
-        self._logits: dict[tuple[int, ...], Tensor] = {}
-        self.rows: list[Row] = []
+        self._request, self._draw = request, draw
+        self._scores: dict[tuple[int, ...], Tensor] = {}  # path of a fork -> logits of the ways on, [ways]
+
+    def rows(self) -> list[Row]:
+        """What must be read for it. They know this choice; it does not know them, so no step's logits wait in a cycle."""
+        request, rows = self._request, []
         branch = request.branch
-        forks = self._trie.forks()
         if len(self._trie.children) > 1:
             if request.lead:
-                self.rows.append(Row(request.lead, parent=branch, settle=self._keep(())))
+                rows.append(Row(request.lead, parent=branch, settle=self._at(self._trie)))
             elif branch.pending:
                 read = reading(branch)
-                keep, inner = self._keep(()), read.settle
+                at, inner = self._at(self._trie), read.settle
                 assert inner is not None
-                read.settle = lambda logits: keep(logits) + inner(logits)
-                self.rows.append(read)
+                read.settle = lambda logits: at(logits) + inner(logits)
+                rows.append(read)
             else:
                 assert branch.logits is not None, "nothing was read before this choice"
-                self._logits[()] = branch.logits
-        self.rows += [Row([*request.lead, *fork.path], parent=branch, settle=self._keep(tuple(fork.path))) for fork in forks]
+                self._at(self._trie)(branch.logits)
+        forks = self._trie.forks()
+        return rows + [Row([*request.lead, *fork.path], parent=branch, settle=self._at(fork)) for fork in forks]
 
-    def _keep(self, path: tuple[int, ...]) -> Callable[[Tensor], list[int]]:
+    def _at(self, node: grammar.Trie) -> Callable[[Tensor], list[int]]:
+        """Take what is asked at a fork from the logits [vocab] there."""
+        ends = [token for token in self._request.ends if token not in node.children]
+
         def settle(logits: Tensor) -> list[int]:
-            self._logits[path] = logits
+            if node.option is not None and not ends:
+                raise Unavailable("model_unavailable", "an option is the beginning of another, and nothing tells them apart")
+            self._scores[tuple(node.path)] = torch.stack(
+                [logits[ends].logsumexp(0) if way == grammar.END else logits[way] for way in node.ways]
+            )
             return []
 
         return settle
 
     def answer(self) -> Choice:
-        probabilities = [0.0] * self._count
+        probabilities = [0.0] * len(self._request.options)
         self._share(self._trie, 1.0, probabilities)
         node = self._trie
         while True:
             ways = node.ways
-            way = ways[self._draw.pick(self._scores(node)) if len(ways) > 1 else 0]
+            way = ways[self._draw.pick(self._scores[tuple(node.path)]) if len(ways) > 1 else 0]
             if way == grammar.END:
                 break
             node = node.children[way]
         assert node.option is not None
         return Choice(node.option, probabilities)
 
-    def _scores(self, node: grammar.Trie) -> Tensor:
-        """[ways] logits of the ways on from `node`."""
-        logits = self._logits[tuple(node.path)]
-        ends = [token for token in self._ends if token not in node.children]
-        if node.option is not None and not ends:
-            raise Unavailable("model_unavailable", "an option is the beginning of another, and nothing tells them apart")
-        return torch.stack([logits[ends].logsumexp(0) if way == grammar.END else logits[way] for way in node.ways])
-
     def _share(self, node: grammar.Trie, mass: float, into: list[float]) -> None:
         """Spread `mass` over the options below `node` by what the model thinks of each way on."""
         ways = node.ways
-        shares = self._scores(node).softmax(0).tolist() if len(ways) > 1 else [1.0]
+        shares = self._scores[tuple(node.path)].softmax(0).tolist() if len(ways) > 1 else [1.0]
         for way, share in zip(ways, shares, strict=True):
             if way == grammar.END:
                 assert node.option is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from hubpeer.model.grammar import Line, line_grammar, options_trie
 from hubpeer.model.load import Weights
 from hubpeer.model.planner import Planner
 from hubpeer.model.prompt import Words
-from hubpeer.model.requests import Branch, Choice, Choose, Read, Space, Story, Task, Text, Write
+from hubpeer.model.requests import Branch, Choice, Choose, Choosing, Read, Space, Story, Task, Text, Write, Writing
 
 from .conftest import Given, an_ask, hostile, is_clean, plan_of, rounded, run
 
@@ -392,3 +393,19 @@ def test_texts_hold_only_what_was_written(make_engine: Make, words: Words) -> No
     written = words.text(text.tokens)
     assert "evil" not in written
     assert set(msgspec.json.decode(written)) == {"agent", "priority"}
+
+
+def test_nothing_of_a_job_waits_for_the_garbage_collector(make_engine, terse: Planner) -> None:
+    """A choice in a cycle of references would keep the logits of a step, of all its rows."""
+    engine = make_engine()
+    gc.collect()
+    gc.disable()
+    try:
+        given = Given(engine, terse.task(an_ask()))
+        run(engine, given)
+        given.job = None  # they know each other
+        left = [o for o in gc.get_objects() if type(o) in (Choosing, Writing)]
+        logits = [o for o in gc.get_objects() if type(o) is torch.Tensor and o.shape[-1:] == (engine.weights.shape.vocab,)]
+    finally:
+        gc.enable()
+    assert len(left) == len(logits) == 0
