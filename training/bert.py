@@ -44,6 +44,28 @@ class Layer(nn.Module):
         return self.norm2(x + self.down(nn.functional.gelu(self.up(x))))
 
 
+class Tagger(nn.Module):
+    """Logits (t, 1 + tags) of a text's states: linear, plus what a hidden layer makes of a state, the one before it and the
+    mean of its text. Begins as the linear part alone."""
+
+    def __init__(self, width: int, inner: int = 96) -> None:
+        super().__init__()
+        self.plain = nn.Linear(width, 1 + len(TAGS))
+        self.now = nn.Linear(width, inner)
+        self.before, self.text = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.out = nn.Linear(inner, 1 + len(TAGS), bias=False)
+        self.drop = nn.Dropout(0.2)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, states: torch.Tensor, cuts: Sequence[int]) -> torch.Tensor:
+        lengths = torch.tensor([b - a for a, b in pairwise(cuts)])
+        texts = torch.stack([states[a:b].mean(0) for a, b in pairwise(cuts)])
+        before = nn.functional.pad(self.before(states)[:-1], (0, 0, 1, 0))
+        inner = self.now(states) + before + self.text(texts).repeat_interleave(lengths, 0)
+        found: torch.Tensor = self.plain(states) + self.out(self.drop(nn.functional.gelu(inner)))
+        return found
+
+
 class Bert(nn.Module):
     """Token ids, with [CLS] and [SEP], to states, vectors and tags."""
 
@@ -54,7 +76,7 @@ class Bert(nn.Module):
         self.positions = nn.Parameter(torch.zeros(WINDOW + 2, shape.width))
         self.norm = nn.LayerNorm(shape.width, EPSILON)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
-        self.tags = nn.Linear(shape.width, 1 + len(TAGS))
+        self.tags = Tagger(shape.width)
 
     def states(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list[int]]:
         """States (all tokens, w) of texts, one behind the other, and where each text begins (and the last ends).
@@ -126,8 +148,12 @@ class Bert(nn.Module):
             for part in ("norm1", "norm2"):
                 vector(f"layers.{number}.{part}.gain", getattr(layer, part).weight)
                 vector(f"layers.{number}.{part}.bias", getattr(layer, part).bias)
-        found["tags"] = np.ascontiguousarray(self.tags.weight.detach().numpy().T)
-        vector("tags.bias", self.tags.bias)
+        for part in ("now", "before", "text"):
+            keep(f"tags.{part}", getattr(self.tags, part).weight.T)
+        vector("tags", self.tags.plain.weight.T)
+        vector("tags.out", self.tags.out.weight.T)
+        vector("tags.bias", self.tags.plain.bias)
+        vector("tags.now.bias", self.tags.now.bias)
         return found
 
 

@@ -11,6 +11,7 @@ import logging
 import operator
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from hubpeer.encoder.reading import Heads, extended, no_heads, parts, whole
 from hubpeer.encoder.reading import evidence as evidence_of_document
 from hubpeer.evaluate import Gold, RouteGuess, RouteRow
 from hubpeer.model import PlanAsk
-from training.data import Asked, Composer, Function, Natural, split, split_documents, split_questions
+from training.data import Asked, Composer, Function, Natural, damaged, split, split_documents, split_questions
 
 log = logging.getLogger("training.calibrate")
 
@@ -59,7 +60,7 @@ def agent_of(one: Asked, clause: Clause) -> str | None:
 
 
 def samples(builtin: BuiltIn, asked: list[Asked]) -> list[tuple[np.ndarray, int]]:
-    """Per request clause: its likenesses (4, agents), and whose it is (-1: nobody's)."""
+    """Per request clause: its likenesses (5, agents), and whose it is (-1: nobody's)."""
     found = []
     for one in asked:
         windows, question = builtin.network.read(one.text)
@@ -67,7 +68,7 @@ def samples(builtin: BuiltIn, asked: list[Asked]) -> list[tuple[np.ndarray, int]
         names = list(one.cards)
         for clause, like in zip(wanted, builtin.likeness(wanted, question, one.cards), strict=True):
             agent = agent_of(one, clause)
-            rows = [like.card, like.term, like.question, [like.talk] * len(names)]
+            rows = [like.card, like.term, like.question, like.many, [like.talk] * len(names)]
             found.append((np.array(rows), names.index(agent) if agent else -1))
     return found
 
@@ -75,15 +76,15 @@ def samples(builtin: BuiltIn, asked: list[Asked]) -> list[tuple[np.ndarray, int]
 def fit(data: list[tuple[np.ndarray, int]], start: Calibration, steps: int = 1500) -> Calibration:
     """Maximum likelihood of `evidence` and `probabilities`, a little pulled towards where it began."""
     width = max(likeness.shape[1] for likeness, _ in data)
-    x = np.zeros((len(data), 5, width))
+    x = np.zeros((len(data), 6, width))
     real = np.zeros((len(data), width), bool)
     target = np.full(len(data), width)
     for n, (likeness, agent) in enumerate(data):
         k = likeness.shape[1]
-        x[n, :4, :k], x[n, 4, :k], real[n, :k] = likeness, 1, True
+        x[n, :5, :k], x[n, 5, :k], real[n, :k] = likeness, 1, True
         target[n] = agent if agent >= 0 else width
-    theta = first = np.array([start.card, start.term, start.question, start.talk, start.bias])
-    m = v = np.zeros(5)
+    theta = first = np.array([start.card, start.term, start.question, start.many, start.talk, start.bias])
+    m = v = np.zeros(6)
     for step in range(1, steps + 1):
         scores = np.where(real, np.einsum("d,ndk->nk", theta, x), -1e9)
         scores = np.concatenate([scores, np.zeros((len(data), 1))], 1)
@@ -93,17 +94,25 @@ def fit(data: list[tuple[np.ndarray, int]], start: Calibration, steps: int = 150
         slope = np.einsum("nk,ndk->d", p[:, :-1], x) / len(data) + 1e-4 * (theta - first)
         m, v = 0.9 * m + 0.1 * slope, 0.99 * v + 0.01 * slope**2
         theta = theta - 0.1 * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.99**step)) + 1e-8)
-    card, term, question, talk, bias = (round(float(value), 3) for value in theta)
-    return msgspec.structs.replace(start, card=card, term=term, question=question, talk=talk, bias=bias)
+    card, term, question, many, talk, bias = (round(float(value), 3) for value in theta)
+    return msgspec.structs.replace(start, card=card, term=term, question=question, many=many, talk=talk, bias=bias)
 
 
 def logistic(x: np.ndarray, y: np.ndarray, first: Sequence[float], pull: float = 0.05) -> tuple[float, ...]:
-    """Weights of "y is true", by Newton's method, a little pulled towards `first`."""
+    """Weights of "y is true", by Newton's method with shorter steps where a whole one makes it worse, a little pulled towards
+    `first`."""
     theta = start = np.array(first, float)
+
+    def loss(theta: np.ndarray) -> float:
+        return float(np.logaddexp(0, x @ theta).sum() - y @ (x @ theta) + pull / 2 * np.square(theta - start).sum())
+
     for _ in range(40):
         p = 1 / (1 + np.exp(-np.clip(x @ theta, -30, 30)))
         hessian = x.T @ (x * (p * (1 - p))[:, None]) + pull * np.eye(len(theta))
-        theta = theta - np.linalg.solve(hessian, x.T @ (p - y) + pull * (theta - start))
+        step = np.linalg.solve(hessian, x.T @ (p - y) + pull * (theta - start))
+        while loss(theta - step) > loss(theta) + 1e-9:
+            step = step / 2
+        theta = theta - step
     return tuple(round(float(value), 4) for value in theta)
 
 
@@ -182,9 +191,13 @@ def fit_worth(x: np.ndarray, target: np.ndarray, first: Sequence[float], steps: 
 
 
 def fit_documents(builtin: BuiltIn, seed: int) -> tuple[Heads, Calibration]:
-    """The heads from all examples; and what definition, words and head are worth, from those the network never saw, each judged
-    by a head that did not see it either."""
+    """The heads from all examples, every other one damaged; and what definition, words and head are worth, from those
+    the network never saw, each judged by a head that did not see it either."""
     trained, held = split_documents(seed)
+    rng = random.Random(seed)
+    held, trained = (
+        [replace(one, text=damaged(one.text, rng)) if n % 2 else one for n, one in enumerate(some)] for some in (held, trained)
+    )
     every = [*held, *trained]
     vectors = [builtin.network.encode(parts(one.text)) for one in every]
     x = np.stack([extended(whole(v)) for v in vectors])
@@ -205,7 +218,13 @@ def fit_documents(builtin: BuiltIn, seed: int) -> tuple[Heads, Calibration]:
     )
     for name, kinds, worth in (("all", 3, fitted.category), ("no head", 2, fitted.own_category)):
         right = (np.einsum("d,ndk->nk", np.array(worth), found[:, :kinds]).argmax(1) == target).mean()
-        log.info("%d documents seen by neither network nor head, with %s: top-1 %.3f, worth %s", len(found), name, right, worth)
+        log.info(
+            "%d documents (half of them damaged) seen by neither network nor head, with %s: top-1 %.3f, worth %s",
+            len(found),
+            name,
+            right,
+            worth,
+        )
     secret = np.mean([sensitivities[n] == one.sensitivity for n, one in zip(marked.argmax(1), held, strict=False)])
     log.info("their sensitivity by the head: %.3f", secret)
     return Heads(category, categories, sensitivity, sensitivities), fitted  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ assert (NONE, *LEVELS, *RULES) == TAGS
 #: These functions share a capability's name with a registry of `evals/`: they are never trained on (a test checks the list).
 SHARED_WITH_EVALS = frozenset(
     """blood_bank load_planning winery beekeeping store_expansion sound_design theatre_stage collections_registrar museum
-    space tv_subtitling""".split()
+    space tv_subtitling dschool_lesson_booking""".split()
 )
 #: Jobs written twice under two names: never in one registry, always on the same side of the split.
 TWINS = [
@@ -60,6 +60,7 @@ class Function:
     phrasings: tuple[str, ...]
     decoys: tuple[str, ...]
     core: int  #: the first so many capabilities are its own names, the rest other names for the same
+    company: bool  #: it was written with all of its trade, as one company's departments
     said: tuple[str, ...] = ()  #: what whole questions of the training side ask of it
 
     def card(self, rng: random.Random) -> Card:
@@ -78,27 +79,28 @@ class Function:
 
 
 def _lines(name: str) -> list[str]:
-    """Of all files whose name begins so."""
-    return [line for path in sorted(DATA.glob(f"{name}*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    return (DATA / f"{name}.jsonl").read_text("utf-8").splitlines()
 
 
 @cache
 def functions() -> dict[str, Function]:
     """Every function that may be trained on."""
     found = {}
-    for line in _lines("functions"):
-        row = json.loads(line)
-        capabilities = dict.fromkeys([*row["capabilities"], *row["more_capabilities"]])
-        found[row["id"]] = Function(
-            row["id"],
-            row["trade"],
-            tuple(capabilities),
-            tuple(row["specialties"]),
-            row["description"],
-            tuple(row["phrasings"]),
-            tuple(row["decoys"]),
-            len(row["capabilities"]),
-        )
+    for path in sorted(DATA.glob("functions_*.jsonl")):
+        for line in _lines(path.stem):
+            row = json.loads(line)
+            capabilities = dict.fromkeys([*row["capabilities"], *row["more_capabilities"]])
+            found[row["id"]] = Function(
+                row["id"],
+                row["trade"],
+                tuple(capabilities),
+                tuple(row["specialties"]),
+                row["description"],
+                tuple(row["phrasings"]),
+                tuple(row["decoys"]),
+                len(row["capabilities"]),
+                path.stem == "functions_companies",
+            )
     return {name: function for name, function in found.items() if name not in SHARED_WITH_EVALS}
 
 
@@ -115,6 +117,56 @@ class Example:
 def documents() -> list[Example]:
     rows = map(json.loads, _lines("documents"))
     return [Example(row["text"], row["category"], row["sensitivity"]) for row in rows]
+
+
+#: What a scanner's reader takes for what.
+_misread = dict(
+    pair.split("~") for pair in "rn~m m~rn l~1 I~l O~0 0~O S~5 B~8 e~c cl~d h~b ii~u vv~w t~f a~o fi~f1 .~, ,~. 1~l 5~S".split()
+)
+
+
+def damaged(text: str, rng: random.Random) -> str:
+    """A text as scanners, mail programs and copying leave it: each kind of damage by chance."""
+    if rng.random() < 0.3:  # the beginning is lost
+        text = text[rng.randrange(1 + len(text) // 4) :]
+    if rng.random() < 0.5:  # some letters are read wrongly, or not at all
+        share = rng.uniform(0.003, 0.03)
+        found, at = [], 0
+        while at < len(text):
+            size = 2 if text[at : at + 2] in _misread else 1
+            piece = text[at : at + size]
+            if rng.random() < share:
+                piece = _misread.get(piece, piece if rng.random() < 0.6 else "")
+            found.append(piece)
+            at += size
+        text = "".join(found)
+    if rng.random() < 0.5:  # lines end where the page did, words too
+        width, line, lines = rng.randint(38, 84), "", []
+        for word in text.split():
+            if len(line) + len(word) >= width:
+                cut = rng.randint(3, len(word) - 3) if len(word) > 7 and rng.random() < 0.4 else 0
+                lines.append(f"{line} {word[:cut]}-" if cut else line)
+                line = word[cut:]
+            else:
+                line = f"{line} {word}" if line else word
+        lines.append(line)
+        if rng.random() < 0.5:
+            marks = ("Page {} of 7", "- {} -", "{}", "p. {}", "FAX   P.0{}", "[scan {}]", "Sheet {}")
+            lines.insert(rng.randrange(len(lines) + 1), rng.choice(marks).format(rng.randint(1, 7)))
+        if rng.random() < 0.15:
+            lines = ["> " + line for line in lines]
+        text = "\n".join(lines)
+    elif rng.random() < 0.3:
+        text = " ".join(text.split())
+    if rng.random() < 0.1:
+        text = text.upper() if rng.random() < 0.4 else text.lower()
+    if rng.random() < 0.1:
+        text = (
+            text.replace("'", "\u00e2\u20ac\u2122")
+            .replace("\u2019", "\u00e2\u20ac\u2122")
+            .replace("\u2013", "\u00e2\u20ac\u201c")
+        )
+    return text
 
 
 def split_documents(seed: int, share: float = 0.25) -> tuple[list[Example], list[Example]]:
@@ -190,12 +242,16 @@ def twins(name: str) -> frozenset[str]:
 
 
 def split(seed: int, share: float = 0.12) -> tuple[list[Function], list[Function]]:
-    """Functions to train on, and functions nothing of which occurs in training. The default four are always trained on."""
-    groups = sorted({tuple(sorted(twins(name) & functions().keys())) for name in functions()})
-    free = [group for group in groups if not set(group) & set(DEFAULT_FOUR)]
-    random.Random(seed).shuffle(free)
-    held = {name for group in free[: round(share * len(free))] for name in group}
+    """Functions to train on, and functions nothing of which occurs in training: single ones with their doubles, and whole
+    companies. The default four are always trained on."""
     everything = functions().values()
+    single = {tuple(sorted(twins(f.id) & functions().keys())) for f in everything if not f.company}
+    companies = {tuple(g.id for g in everything if g.company and g.trade == f.trade) for f in everything if f.company}
+    held: set[str] = set()
+    for groups in (single, companies):
+        free = sorted(group for group in groups if not set(group) & set(DEFAULT_FOUR))
+        random.Random(seed).shuffle(free)
+        held |= {name for group in free[: round(share * len(free))] for name in group}
     return [f for f in everything if f.id not in held], [f for f in everything if f.id in held]
 
 
@@ -270,15 +326,17 @@ class Composer:
         self.by_trade = by_trade(self.among)
 
     def registry(self, first: Sequence[Function] = (), near_to: Sequence[Function] = ()) -> dict[str, Function]:
-        """3 to 8 functions under made-up names, `first` among them, none the double of another; often several of one trade."""
+        """3 to 8 functions under made-up names, `first` and `near_to` among them, none the double of another; a third of the
+        registries hold all sorts, a third some of one trade, a third as many of one as there are."""
         rng = self.rng
         chosen = [*first, *near_to]
         size = max(rng.randint(3, 8), len(chosen))
         taken = {name for function in chosen for name in twins(function.id)}
         seed = rng.choice(chosen or self.among)
-        near = [seed, *(f for f in self.by_trade.get(seed.trade, ()) if f is not seed)] if not near_to else []
+        near = [f for f in (seed, *self.by_trade.get(seed.trade, ())) if f.id not in taken]
+        share = rng.choice((0.0, 0.4, 1.0))
         while len(chosen) < size:
-            function = rng.choice(near) if near and rng.random() < 0.4 else rng.choice(self.among)
+            function = rng.choice(near) if near and rng.random() < share else rng.choice(self.among)
             near = [f for f in near if f is not function]
             if function.id not in taken:
                 taken |= twins(function.id)

@@ -33,6 +33,7 @@ from training.data import (
     Function,
     Natural,
     by_trade,
+    damaged,
     draw,
     halves,
     joins,
@@ -262,7 +263,8 @@ def texts_to_imitate(functions: Sequence[Function], asked: Sequence[Natural], do
 def glimpse(document: Example, rng: random.Random, most: int = 300) -> str:
     """A stretch of a document, its beginning as often as any other."""
     start = max(0, rng.randrange(-most, max(1, len(document.text) - most)))
-    return document.text[start : start + most]
+    stretch = document.text[start : start + most]
+    return damaged(stretch, rng) if rng.random() < 0.5 else stretch
 
 
 @dataclass
@@ -355,12 +357,13 @@ def distil(
     trained = [p for p in student.layers.parameters() if p.requires_grad]
 
     def loss_of(step: int) -> dict[str, torch.Tensor]:
-        rng.seed(f"{seed} {step}")  # the same step has the same texts, interrupted or not
-        few = labeled(functions, trades, rng, 24)
-        whole = [composer.natural(rng.choice(asked)) if n % 2 == 0 else composer.ask() for n in range(10)]
+        rng.seed(f"{seed} {step}")  # the same step has the same texts and drops the same, interrupted or not
+        torch.manual_seed(1_000_003 * seed + step)
+        few = labeled(functions, trades, rng, 20)
+        whole = [composer.natural(rng.choice(asked)) if n % 3 else composer.ask() for n in range(15)]
         asked_for = read(whole, tokenizer, known)
-        plain = rng.sample(others, 12)
-        filed = rng.sample(documents, 5)
+        plain = rng.sample(others, 10)
+        filed = rng.sample(documents, 8)
         # All in one go: blocks are filled best that way.
         rows = [*asked_for.rows, *rows_of([*few.asked, *plain, *(glimpse(one, rng) for one in filed)], tokenizer)]
         states, cuts = student.states(rows)
@@ -371,7 +374,7 @@ def distil(
         losses["said"] = 0.2 * imitation(said, known.of(few.asked))
         target = torch.tensor([number_of[one.category] for one in filed])
         losses["papers"] = 0.3 * F.cross_entropy(12 * papers @ defined.T, target)
-        logits = states[: len(asked_for.begins)] @ student.tags.weight.T + student.tags.bias
+        logits = student.tags(states[: len(asked_for.begins)], cuts[: len(asked_for.rows) + 1])
         real, marked = asked_for.begins >= 0, asked_for.tags >= 0
         losses["begins"] = 3 * F.binary_cross_entropy_with_logits(logits[:, 0][real], asked_for.begins[real].float())
         losses["tags"] = 3 * F.cross_entropy(logits[:, 1:][marked], asked_for.tags[marked])

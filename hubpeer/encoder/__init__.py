@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -114,8 +115,9 @@ class BuiltIn:
         begins = np.cumsum([0, *map(len, words)])[:-1]
         by_term = np.maximum.reduceat(by_word, begins, axis=1)
         overall = (known[: len(cards)] @ question).tolist()
+        many = [math.log(max(1, len(some))) for some in words]
         return [
-            Likeness(card.tolist(), term.tolist(), overall, clause.talk)
+            Likeness(card.tolist(), term.tolist(), overall, many, clause.talk)
             for card, term, clause in zip(by_card, by_term, asked, strict=True)
         ]
 

@@ -27,6 +27,7 @@ class Calibration(Struct, frozen=True, forbid_unknown_fields=True):
     card: float = 14.0  #: worth of a clause's likeness to a whole card
     term: float = 6.0  #: to the nearest of its capabilities and specialties
     question: float = 4.0  #: worth of the whole question's likeness to the card
+    many: float = 0.0  #: of the logarithm of how many those are: one of many is near by chance
     talk: float = 0.0  #: worth of the tagger's doubt that it is a request at all
     bias: float = -9.0  #: below this much evidence a clause is nobody's
     boundary: float = 0.3  #: from this probability on a clause may begin
@@ -84,11 +85,13 @@ _LEVELS: Final = slice(TAGS.index(LEVELS[0]), TAGS.index(LEVELS[-1]) + 1)
 
 
 class Likeness(NamedTuple):
-    """How like each agent's card a clause is (cosines): the whole card, the nearest of its words; and the whole question."""
+    """How like each agent's card a clause is (cosines): the whole card, the nearest of its words, the logarithm of how many
+    there are; and the whole question."""
 
     card: list[float]
     term: list[float]
     question: list[float]
+    many: list[float]
     talk: float = 0.0  #: `Clause.talk`
 
 
@@ -216,8 +219,8 @@ def evidence(like: Likeness, fitted: Calibration) -> list[float]:
     """What speaks for each agent."""
     common = fitted.bias + fitted.talk * like.talk
     return [
-        fitted.card * card + fitted.term * term + fitted.question * question + common
-        for card, term, question in zip(like.card, like.term, like.question, strict=True)
+        fitted.card * card + fitted.term * term + fitted.question * question + fitted.many * many + common
+        for card, term, question, many in zip(like.card, like.term, like.question, like.many, strict=True)
     ]
 
 

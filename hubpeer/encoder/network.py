@@ -2,7 +2,7 @@
 
     token ids -> word table and positions -> `Shape.layers` post-LN BERT layers -> states, one per token
     states -> mean over a text or a clause of it -> unit vector
-          `-> linear -> how likely a clause begins here, and what the token's clause does
+          `-> tagger -> how likely a clause begins here, and what the token's clause does
 
 Post-LN BERT after Devlin et al. 2018 (arXiv 1810.04805), mean pooling after Reimers and Gurevych 2019 (arXiv 1908.10084).
 Matrices are stored as int8 with one scale per row and become float32 at load. The word table is stored in four bits; of it
@@ -101,7 +101,7 @@ class Network:
         if not windows:
             return [], np.zeros(self.shape.width, np.float32)
         states, cuts = self._states([encoded.ids[window] for window in windows])
-        logits = states @ self._dense["tags"] + self._dense["tags.bias"]
+        logits = self._tags(states, cuts)
         tagged = []
         for window, (start, end) in zip(windows, itertools.pairwise(cuts), strict=True):
             inside = slice(start + 1, end - 1)  # without [CLS] and [SEP]
@@ -118,6 +118,18 @@ class Network:
         for number in range(self.shape.layers):
             self._layer(f"layers.{number}", x, cuts)
         return x, cuts
+
+    def _tags(self, states: Floats, cuts: list[int]) -> Floats:
+        """Logits (tokens, 1 + tags): linear in the state, plus what a hidden layer makes of it, of the state before it and of
+        the mean of its text."""
+        dense = self._dense
+        lengths = np.diff(cuts)
+        texts = np.add.reduceat(states, cuts[:-1]) / lengths[:, None].astype(np.float32)
+        inner = self._linear("tags.now", states)
+        inner[1:] += (states @ dense["tags.before"])[:-1]
+        inner += np.repeat(texts @ dense["tags.text"], lengths, 0)
+        found: Floats = states @ dense["tags"] + gelu(inner) @ dense["tags.out"] + dense["tags.bias"]
+        return found
 
     def _layer(self, name: str, x: Floats, cuts: list[int]) -> None:
         """Attention within each text, then a two-layer net; after each the sum with what came in is normalised. In place."""

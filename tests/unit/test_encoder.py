@@ -76,6 +76,10 @@ def random_weights(shape: Shape, vocabulary: int, seed: int) -> dict[str, np.nda
         norm(f"{name}.norm2")
     found["tags"] = rng.standard_normal((width, 1 + len(TAGS))).astype(np.float32)
     found["tags.bias"] = np.zeros(1 + len(TAGS), np.float32)
+    for part in ("now", "before", "text"):
+        keep(f"tags.{part}", width, 8)
+    found["tags.now.bias"] = np.zeros(8, np.float32)
+    found["tags.out"] = rng.standard_normal((8, 1 + len(TAGS))).astype(np.float32)
     return found
 
 
@@ -150,10 +154,12 @@ def test_the_runtime_is_the_network_that_was_trained(tokenizer):
     ]
     with torch.no_grad():
         torch.nn.init.normal_(trained.positions, std=0.1)
+        torch.nn.init.normal_(trained.tags.out.weight)
+        trained.eval()
         trained.words.weight.data = torch.from_numpy(unpacked(*packed(trained.words.weight.numpy())))  # as `Bert.student` does
         states, cuts = trained.states(rows_of(texts, tokenizer))
         vectors = means(states, [(cuts[0], cuts[1]), (cuts[1], cuts[2])]).numpy()
-        logits = (states @ trained.tags.weight.T + trained.tags.bias).numpy()[cuts[1] + 1 : cuts[2] - 1]
+        logits = trained.tags(states, cuts).numpy()[cuts[1] + 1 : cuts[2] - 1]
     runtime = Network(SMALL, trained.weights(), tokenizer)
     assert (runtime.encode(texts) * vectors).sum(1) == pytest.approx([1, 1], abs=2e-3)
     (window,), vector = runtime.read(texts[1])

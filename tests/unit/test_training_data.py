@@ -27,6 +27,8 @@ from training.data import (  # noqa: E402
     VARIANTS,
     Composer,
     Piece,
+    damaged,
+    documents,
     functions,
     glued,
     joins,
@@ -158,6 +160,23 @@ def test_doubles_are_never_in_one_registry():
     for _ in range(300):
         names = {function.id for function in composer.registry().values()}
         assert all(len(names & set(group)) <= 1 for group in TWINS), names
+
+
+def test_damage_leaves_a_document_readable():
+    print(f"seed {SEED}")
+    texts = [one.text for one in documents()[:200]]
+    rng = random.Random(SEED)
+    found = [damaged(text, rng) for text in texts]
+    assert [damaged(text, random.Random(SEED)) for text in texts[:1]] == found[:1]
+    assert sum(a != b for a, b in zip(texts, found, strict=True)) > 100
+    assert all(0.6 * len(text) < len(worn) < 1.4 * len(text) + 40 for text, worn in zip(texts, found, strict=True))
+
+
+def test_a_held_company_is_held_whole():
+    trained, held = split(SEED)
+    away = {f.trade for f in held if f.company}
+    assert len(away) >= 5
+    assert away & {f.trade for f in trained if f.company} == set()
 
 
 def test_a_seed_gives_the_same_questions():
