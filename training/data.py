@@ -246,7 +246,7 @@ def split(seed: int, share: float = 0.12) -> tuple[list[Function], list[Function
     companies. The default four are always trained on."""
     everything = functions().values()
     single = {tuple(sorted(twins(f.id) & functions().keys())) for f in everything if not f.company}
-    companies = {tuple(g.id for g in everything if g.company and g.trade == f.trade) for f in everything if f.company}
+    companies = {tuple(f.id for f in some) for some in by_trade(f for f in everything if f.company).values()}
     held: set[str] = set()
     for groups in (single, companies):
         free = sorted(group for group in groups if not set(group) & set(DEFAULT_FOUR))

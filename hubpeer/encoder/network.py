@@ -126,7 +126,7 @@ class Network:
         lengths = np.diff(cuts)
         texts = np.add.reduceat(states, cuts[:-1]) / lengths[:, None].astype(np.float32)
         inner = self._linear("tags.now", states)
-        inner[1:] += (states @ dense["tags.before"])[:-1]
+        inner[1:] += (states @ dense["tags.before"])[:-1]  # only [CLS], which has no tag, gets that of another text
         inner += np.repeat(texts @ dense["tags.text"], lengths, 0)
         found: Floats = states @ dense["tags"] + gelu(inner) @ dense["tags.out"] + dense["tags.bias"]
         return found

@@ -91,7 +91,8 @@ def _pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     Zeros, not garbage: lengths are rounded up to whole units, and 0 * NaN is NaN. No huge pages: one would hold 16,384 tokens
     of one head, and be filled by the first.
     """
-    pages = mmap.mmap(-1, math.prod(size) * dtype.itemsize)
+    # Private: of a shared mapping reading takes pages, too, and attention reads whole units.
+    pages = mmap.mmap(-1, math.prod(size) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
         with contextlib.suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_NOHUGEPAGE)

@@ -395,7 +395,7 @@ def test_texts_hold_only_what_was_written(make_engine: Make, words: Words) -> No
     assert set(msgspec.json.decode(written)) == {"agent", "priority"}
 
 
-def test_nothing_of_a_job_waits_for_the_garbage_collector(make_engine, terse: Planner) -> None:
+def test_nothing_of_a_job_waits_for_the_garbage_collector(make_engine: Make, terse: Planner) -> None:
     """A choice in a cycle of references would keep the logits of a step, of all its rows."""
     engine = make_engine()
     gc.collect()
