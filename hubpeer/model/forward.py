@@ -21,12 +21,10 @@ from torch.nn import functional as F  # noqa: N812  its usual name
 
 from hubpeer.model.load import Weights, rope_frequencies
 
-#: Nodes take whole units of this many tokens, so that attention sees few different lengths: oneDNN compiles one kernel each.
+#: Nodes take whole units of this many tokens, so that attention sees few different lengths: each has kernels of its own.
 UNIT: Final = 16
 #: Rows that feed at most this many tokens are attended to together; longer ones one by one.
 SHORT: Final = 16
-#: Attention scores that are held at once for them, 8 MiB in bf16: a step of one route has fewer, that of eight at once more.
-SCORES: Final = 4 << 20
 
 
 def units(tokens: int) -> int:
@@ -99,14 +97,6 @@ def _pages(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype).view(size)
 
 
-class _Stretch(msgspec.Struct, frozen=True):
-    """One node as the short rows [rows) see it: columns [left, right) of their scores are keys [first, last)."""
-
-    rows: slice
-    columns: slice
-    keys: slice
-
-
 class Forward:
     """The model as a function over `Memory`."""
 
@@ -136,7 +126,7 @@ class Forward:
         at = torch.tensor(where)
         angles = torch.tensor(positions, dtype=torch.float32)[:, None] * self._frequencies  # [T, D/2]
         cos, sin = angles.cos()[:, None, :], angles.sin()[:, None, :]  # [T, 1, D/2]
-        attend = _Attention([feeds[i] for i in order], positions, shape.heads // shape.kv_heads)
+        attend = _Attention([feeds[i] for i in order], shape.heads // shape.kv_heads, memory.k.dtype)
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         for i, layer in enumerate(self.weights.layers):
             qkv = layer.qkv(_norm(x, layer.norm1, shape.eps))  # [T, (H + 2K) * D]
@@ -161,44 +151,61 @@ class Forward:
         return len(feed.tokens) > SHORT, [(node.number, seen) for node, seen in feed.node.path()]
 
 
+class _Together(msgspec.Struct, frozen=True):
+    """Rows of a pass that are attended to at once: `rows` of the folded queries, the keys they may see, stretch by stretch, and
+    an additive mask [rows, keys]."""
+
+    rows: slice
+    keys: list[slice]
+    mask: Tensor
+
+
 class _Attention:
-    """Who sees what in one pass, worked out once and used by every layer."""
+    """Who sees what in one pass, worked out once and used by every layer.
 
-    def __init__(self, feeds: Sequence[Feed], positions: Sequence[int], group: int) -> None:
-        self._group = group
-        short = [feed for feed in feeds if len(feed.tokens) <= SHORT]
-        self._short = sum(len(feed.tokens) for feed in short)  # the first tokens of the pass
-        self._long = feeds[len(short) :]
-        found: dict[tuple[int, int], list[int]] = {}  # (node, seen) -> the first and last short token that sees it
-        nodes: dict[tuple[int, int], tuple[Node, int]] = {}  # -> the node, and how much of it is multiplied
-        token = 0
-        for feed in short:
+    Short rows with a common root go together: the keys of all their nodes stand side by side, each node once, and the mask says
+    which of them are on a row's own path. A long row goes alone.
+    """
+
+    def __init__(self, feeds: Sequence[Feed], group: int, dtype: torch.dtype) -> None:
+        self._group, self._dtype = group, dtype
+        self._parts: list[_Together] = []
+        first = 0
+        for _, some in itertools.groupby(feeds, self._company):
+            together = list(some)
+            self._parts.append(self._sees(together, first))
+            first += sum(len(feed.tokens) for feed in together)
+
+    @staticmethod
+    def _company(feed: Feed) -> tuple[bool, int]:
+        node = feed.node
+        if len(feed.tokens) > SHORT:
+            return True, node.number
+        while node.parent is not None:
+            node = node.parent
+        return False, node.number
+
+    def _sees(self, feeds: Sequence[Feed], first: int) -> _Together:
+        sizes: dict[Node, int] = {}
+        for feed in feeds:
             for node, seen in feed.node.path():
-                # A leaf grows with every step; taken in whole units it needs a new kernel only once in a while, and what is
-                # too much is masked. Inner nodes stop exactly where their children begin.
-                size = min(units(seen), node.capacity) if node is feed.node else seen
-                nodes[node.number, seen] = node, size
-                found.setdefault((node.number, seen), [token, token])[1] = token + len(feed.tokens)
-            token += len(feed.tokens)
-        self._stretches = [
-            _Stretch(
-                slice(begin * group, end * group),
-                slice(node.position, node.position + size),
-                slice(node.first, node.first + size),
-            )
-            for key, (begin, end) in found.items()
-            for node, size in [nodes[key]]
-        ]
-        self._width = max((s.columns.stop for s in self._stretches), default=0)
-        rows = torch.tensor(positions[: self._short]).repeat_interleave(group)  # [short * G]
-        self._hidden = torch.arange(self._width)[None, :] > rows[:, None]  # [short * G, width]
-        self._masks = [self._mask(feed) for feed in self._long]
-
-    def _mask(self, feed: Feed) -> Tensor:
-        """[G * n, end] additive-free mask of a long row: True where a token may look."""
-        n, end = len(feed.tokens), feed.node.end
-        rows = torch.arange(end - n, end).repeat_interleave(self._group)
-        return torch.arange(end)[None, :] <= rows[:, None]
+                sizes[node] = max(sizes.get(node, 0), min(units(seen), node.capacity))
+        columns = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+        hidden = torch.ones(sum(len(feed.tokens) for feed in feeds), sum(sizes.values()), dtype=torch.bool)
+        row = 0
+        for feed in feeds:
+            count = len(feed.tokens)
+            for node, seen in feed.node.path():
+                of_node = hidden[row : row + count, columns[node] : columns[node] + seen]
+                if node is feed.node:  # its own new tokens see each other in order
+                    of_node.copy_(torch.ones_like(of_node).triu_(seen - count + 1))
+                else:
+                    of_node.zero_()
+            row += count
+        mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, float("-inf"))
+        keys = [slice(node.first, node.first + size) for node, size in sizes.items()]
+        rows = slice(first * self._group, (first + row) * self._group)
+        return _Together(rows, keys, mask.repeat_interleave(self._group, 0))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, H, D], k and v [K, buffer, D] -> [T, H * D] fp32."""
@@ -206,31 +213,15 @@ class _Attention:
         kv = k.shape[0]
         folded = q.view(tokens, kv, self._group, width).transpose(0, 1).reshape(kv, tokens * self._group, width)
         out = torch.empty_like(folded)  # [K, T * G, D]
-        if self._short:
-            out[:, : self._short * self._group] = self._together(folded[:, : self._short * self._group], k, v)
-        at = self._short * self._group
-        for feed, mask in zip(self._long, self._masks, strict=True):
-            rows = slice(at, at + len(feed.tokens) * self._group)
-            at = rows.stop
-            path = [slice(node.first, node.first + seen) for node, seen in feed.node.path()]
-            keys = k[:, path[0]] if len(path) == 1 else torch.cat([k[:, part] for part in path], 1)
-            values = v[:, path[0]] if len(path) == 1 else torch.cat([v[:, part] for part in path], 1)
-            out[:, rows] = F.scaled_dot_product_attention(folded[None, :, rows], keys[None], values[None], attn_mask=mask)[0]
+        for part in self._parts:
+            keys, values = (
+                kept[:, part.keys[0]] if len(part.keys) == 1 else torch.cat([kept[:, keys] for keys in part.keys], 1)
+                for kept in (k, v)
+            )
+            out[:, part.rows] = F.scaled_dot_product_attention(
+                folded[None, :, part.rows], keys[None], values[None], attn_mask=part.mask
+            )[0]
         return out.view(kv, tokens, self._group, width).transpose(0, 1).reshape(tokens, heads * width).float()
-
-    def _together(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The short rows at once; a node that several of them share is multiplied once. q [K, R, D] -> [K, R, D]."""
-        if len(q) > 1 and len(q) * q.shape[1] * self._width > SCORES:  # many rows: one key head after the other
-            return torch.cat([self._together(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(len(q))])
-        scores = q.new_empty(q.shape[0], q.shape[1], self._width)
-        for s in self._stretches:
-            scores[:, s.rows, s.columns] = torch.bmm(q[:, s.rows], k[:, s.keys].transpose(1, 2))
-        scores.mul_(q.shape[-1] ** -0.5).masked_fill_(self._hidden, float("-inf"))
-        weights = scores.softmax(-1)  # [K, R, width]
-        out = torch.zeros_like(q)
-        for s in self._stretches:
-            out[:, s.rows] += torch.bmm(weights[:, s.rows, s.columns], v[:, s.keys])
-        return out
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -73,12 +73,29 @@ def test_pieces_and_company_change_nothing(weights: Weights, seed: int) -> None:
     assert error(in_pieces(weights, tokens, sizes_of(rng, len(tokens))), whole) < 1e-5
 
 
-def test_many_rows_are_attended_to_one_head_at_a_time(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_several_roots_in_one_pass_are_what_each_is_alone(weights: Weights) -> None:
+    """Two roots, one with two branches of which one has a leaf of its own; a long row and short ones of several tokens."""
     rng = random.Random(8)
-    tokens = [rng.randrange(1000) for _ in range(60)]
-    whole = in_pieces(weights, tokens, [9] * 7)
-    monkeypatch.setattr(forward, "SCORES", 0)
-    assert torch.equal(in_pieces(weights, tokens, [9] * 7), whole)
+    together, alone = (Forward(weights, Memory(weights, 1024)) for _ in range(2))
+    read: dict[Node, list[int]] = {}
+
+    def feed(node: Node, count: int, wants: bool = True) -> Feed:
+        tokens = [rng.randrange(1000) for _ in range(count)]
+        read[node] = read.get(node, []) + tokens
+        return Feed(node, tokens, wants)
+
+    with torch.inference_mode():
+        one, two, long = Node(0, 64), Node(64, 48), Node(112, 64)
+        together.run([feed(one, 33), feed(two, 20)])
+        left, right = Node(192, 16, one), Node(208, 32, one)
+        together.run([feed(left, 3), feed(right, 17)])
+        leaf = Node(240, 16, left)
+        rows = [feed(right, 2), feed(leaf, 5), feed(two, 1), feed(long, forward.SHORT + 3), feed(one, 4)]
+        found = together.run(rows)
+        for row, logits in zip(rows, found, strict=True):
+            tokens = [token for node, seen in row.node.path() for token in read[node][:seen]]
+            expected = alone.run([Feed(Node(0, 128), tokens, True)])
+            assert error(logits, expected[0]) < 1e-5
 
 
 def test_siblings_share_their_parent_and_nothing_else(weights: Weights) -> None:
