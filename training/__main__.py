@@ -35,11 +35,11 @@ def teacher_vectors(path: Path, network: Bert, tokenizer: Tokenizer, texts: list
     return Known(kept["texts"], kept["vectors"]).of(texts)
 
 
-def begin_as(student: Bert, checkpoint: Path) -> None:
+def begin_as(network: Bert, checkpoint: Path) -> None:
     """Take over all but the words from a student that was trained before, maybe with another vocabulary."""
     stored = torch.load(checkpoint)["network"]
-    own = student.state_dict()
-    student.load_state_dict({name: own[name] if name == "words.weight" else stored[f"0.{name}"] for name in own})
+    own = network.state_dict()
+    network.load_state_dict({name: own[name] if name == "words.weight" else stored[f"0.{name}"] for name in own})
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000, help="steps of the student")
     parser.add_argument("--rate", type=float, default=1.5e-4, help="its highest learning rate; the teacher's is half of it")
     parser.add_argument("--orders", default="1", help="seeds of the order of examples, as 1,2: a student each, then averaged")
-    parser.add_argument("--begin", type=Path, help="a student's checkpoint to begin with, rather than the teacher's layers")
+    parser.add_argument("--begin", type=Path, help="a student's checkpoint that the teacher begins as, but for the words")
     parser.add_argument("--out", type=Path, default=Path("hubpeer/encoder"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -75,6 +75,8 @@ def main() -> None:
     texts = texts_to_imitate(trained, asked, papers)
     tokenizer, rows = pruned(full, args.vocabulary, texts)
     network = teacher(args.teacher)
+    if args.begin:
+        begin_as(network, args.begin)
     tuned, vectors = args.work / "tuned.pt", args.work / "teacher.pt"
     if not tuned.exists():
         log.info("the teacher, held functions, nearest card of five: %s", clause_to_card(network, full, held))
@@ -87,8 +89,6 @@ def main() -> None:
     for order in args.orders.split(","):
         torch.manual_seed(args.seed)
         student = network.student([int(n) for n in args.layers], rows)
-        if args.begin:
-            begin_as(student, args.begin)
         path = args.work / f"student-{order}.pt"
         distil(student, tokenizer, known, trained, asked, papers, args.steps, int(order), args.rate, checkpoint=path)
         log.info("student %s, held functions, nearest card of five: %s", order, clause_to_card(student, tokenizer, held))

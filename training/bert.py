@@ -125,6 +125,7 @@ class Bert(nn.Module):
         found.positions.data = self.positions.data.clone()
         found.norm.load_state_dict(self.norm.state_dict())
         found.layers = nn.ModuleList(copy.deepcopy(self.layers[n]) for n in keep)
+        found.tags = copy.deepcopy(self.tags)
         return found
 
     def weights(self) -> dict[str, np.ndarray]:

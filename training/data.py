@@ -60,7 +60,7 @@ class Function:
     phrasings: tuple[str, ...]
     decoys: tuple[str, ...]
     core: int  #: the first so many capabilities are its own names, the rest other names for the same
-    company: bool  #: it was written with all of its trade, as one company's departments
+    companies: str  #: the file it is from, where it was written with all of its trade, as one company's departments
     said: tuple[str, ...] = ()  #: what whole questions of the training side ask of it
 
     def card(self, rng: random.Random) -> Card:
@@ -99,7 +99,7 @@ def functions() -> dict[str, Function]:
                 tuple(row["phrasings"]),
                 tuple(row["decoys"]),
                 len(row["capabilities"]),
-                path.stem == "functions_companies",
+                path.stem if "companies" in path.stem else "",
             )
     return {name: function for name, function in found.items() if name not in SHARED_WITH_EVALS}
 
@@ -114,9 +114,10 @@ class Example:
 
 
 @cache
-def documents() -> list[Example]:
-    rows = map(json.loads, _lines("documents"))
-    return [Example(row["text"], row["category"], row["sensitivity"]) for row in rows]
+def documents() -> list[list[Example]]:
+    """All of them, file by file."""
+    files = ([json.loads(line) for line in _lines(path.stem)] for path in sorted(DATA.glob("documents*.jsonl")))
+    return [[Example(row["text"], row["category"], row["sensitivity"]) for row in rows] for rows in files]
 
 
 #: What a scanner's reader takes for what.
@@ -170,10 +171,16 @@ def damaged(text: str, rng: random.Random) -> str:
 
 
 def split_documents(seed: int, share: float = 0.25) -> tuple[list[Example], list[Example]]:
-    """To train on, and to weigh and validate on."""
-    mixed = list(documents())
-    random.Random(seed).shuffle(mixed)
-    return mixed[round(share * len(mixed)) :], mixed[: round(share * len(mixed))]
+    """To train on, and to weigh and validate on; of every file its share, so that a new one leaves the others split as they
+    were."""
+    trained: list[Example] = []
+    held: list[Example] = []
+    for some in documents():
+        mixed = list(some)
+        random.Random(seed).shuffle(mixed)
+        held += mixed[: round(share * len(mixed))]
+        trained += mixed[round(share * len(mixed)) :]
+    return trained, held
 
 
 @cache
@@ -242,13 +249,14 @@ def twins(name: str) -> frozenset[str]:
 
 
 def split(seed: int, share: float = 0.12) -> tuple[list[Function], list[Function]]:
-    """Functions to train on, and functions nothing of which occurs in training: single ones with their doubles, and whole
-    companies. The default four are always trained on."""
+    """Functions to train on, and functions nothing of which occurs in training: single ones with their doubles, and of every
+    file of companies whole ones. The default four are always trained on."""
     everything = functions().values()
-    single = {tuple(sorted(twins(f.id) & functions().keys())) for f in everything if not f.company}
-    companies = {tuple(f.id for f in some) for some in by_trade(f for f in everything if f.company).values()}
+    single = {tuple(sorted(twins(f.id) & functions().keys())) for f in everything if not f.companies}
+    files = sorted({f.companies for f in everything if f.companies})
+    companies = (by_trade(f for f in everything if f.companies == name).values() for name in files)
     held: set[str] = set()
-    for groups in (single, companies):
+    for groups in (single, *({tuple(f.id for f in some) for some in those} for those in companies)):
         free = sorted(group for group in groups if not set(group) & set(DEFAULT_FOUR))
         random.Random(seed).shuffle(free)
         held |= {name for group in free[: round(share * len(free))] for name in group}

@@ -84,7 +84,7 @@ def labeled(functions: Sequence[Function], trades: dict[str, list[Function]], rn
         rest = [m for m in range(size) if m != own]
         offered[n, own] = True
         for _ in range(rng.randint(2, 6)):
-            offered[n, rng.choice(near if near and rng.random() < 0.4 else rest)] = True
+            offered[n, rng.choice(near if near and rng.random() < 0.6 else rest)] = True
         if answer >= 0 and rng.random() < 0.2:  # its card is not there: a near miss
             offered[n, own] = False
             right[n] = -1
