@@ -10,6 +10,7 @@ from hubpeer.model.grammar import line_grammar
 from hubpeer.model.planner import items, tidy
 from hubpeer.model.prompt import Layout, Words, filled, system_part, user_part
 from hubpeer.model.requests import Branch, Choice, Choose, Request, Story, Task, Text, Write
+from hubpeer.taxonomy import MAX_ENTITIES
 from hubpeer.wire import Categorization, Sensitivity
 
 SENSITIVITIES: Final[tuple[Sensitivity, ...]] = get_args(Sensitivity)
@@ -36,9 +37,10 @@ class Categorizer:
         prefix = system_part(words, chat, filled(texts.system, categories=categories, agents=", ".join(agents) or "none"))
         options = {name: words.data(filled(texts.option, name=name)) for name in names}
         leads = {agent: words.data(filled(texts.agent, agent=agent)) for agent in agents}
-        lead = max([len(words.data(text)) for text in (texts.summary, texts.entities)] + [len(t) for t in leads.values()])
+        written = [*texts.summary, *texts.entities]
+        lead = max([len(words.data(text)) for text in written] + [len(t) for t in leads.values()])
         widest = 32 + lead + max(texts.summary_tokens, texts.entities_tokens)
-        beside = 2 * units(widest) + 3 * 32
+        beside = len(written) * units(widest) + 3 * 32
         tail = user_part(words, chat, []) + words.data(texts.answer)
         decisions = max(len(tokens) for tokens in options.values()) + 16
         budget = self._most - units(len(prefix)) - beside - len(tail) - decisions - 2 * 16
@@ -99,21 +101,24 @@ class Categorizer:
         levels = [words.data(filled(texts.option, name=name)) for name in SENSITIVITIES]
         requests: list[Request] = [Choose(branch, levels, words.data(texts.sensitivity), end)]
         requests += [Choose(branch, yes_no, lead, end) for lead in leads.values()]
-        requests.append(Write(branch, words.data(texts.summary), self._grammar, texts.summary_tokens))
-        requests.append(Write(branch, words.data(texts.entities), self._grammar, texts.entities_tokens))
-        sensitivity, *cares, summary, entities = yield requests
-        assert isinstance(sensitivity, Choice)
-        assert isinstance(summary, Text)
-        assert isinstance(entities, Text)
-        relevant = [agent for agent, care in zip(leads, cares, strict=True) if cast("Choice", care).index == 0]
+        requests += [Write(branch, words.data(text), self._grammar, texts.summary_tokens) for text in texts.summary]
+        requests += [Write(branch, words.data(text), self._grammar, texts.entities_tokens) for text in texts.entities]
+        answers = iter((yield requests))
+        sensitivity = cast("Choice", next(answers))
+        cares = [cast("Choice", next(answers)) for _ in leads]
+        said = [cast("Text", next(answers)) for _ in texts.summary]
+        lists = [cast("Text", next(answers)) for _ in texts.entities]
+        relevant = [agent for agent, care in zip(leads, cares, strict=True) if care.index == 0]
+        lines = [tidy(words.text(text.tokens), text.complete) for text in said]
+        named = [item for text in lists for item in items(words.text(text.tokens), text.complete)]
         ranked = sorted(zip(shares, names, strict=True), key=lambda pair: (-pair[0], pair[1]))
         return Categorization(
             category=category,
             confidence=min(1.0, shares[names.index(category)]),
-            summary=tidy(words.text(summary.tokens), summary.complete),
+            summary=" ".join(dict.fromkeys(filter(None, lines))),
             sensitivity=SENSITIVITIES[sensitivity.index],
             relevant_agents=relevant or [agent for agent in ask.taxonomy[category].agents if agent in ask.agents],
-            key_entities=items(words.text(entities.tokens), entities.complete),
+            key_entities=list(dict.fromkeys(named))[:MAX_ENTITIES],
             method="llm_intelligent",
             alternatives=[{"category": name, "score": round(share, 4)} for share, name in ranked if name != category][:3],
             read_chars=read,

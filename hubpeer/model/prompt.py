@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import llguidance
 import msgspec
@@ -96,6 +96,13 @@ class PlanTexts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     why_tokens: int
 
 
+Lines: TypeAlias = Annotated[list[str], msgspec.Meta(min_length=1)]
+
+
+#: Leads of short texts that are written side by side.
+Leads: TypeAlias = Annotated[list[str], msgspec.Meta(min_length=1)]
+
+
 class DocumentTexts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     system: str
     category: str
@@ -107,8 +114,8 @@ class DocumentTexts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     agent: str
     yes: str
     no: str
-    summary: str
-    entities: str
+    summary: Leads
+    entities: Leads
     summary_tokens: int
     entities_tokens: int
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from hubpeer import taxonomy
 from hubpeer.jobs import Kind
 from hubpeer.model import DocAsk
 from hubpeer.model.categorizer import Categorizer, excerpt
+from hubpeer.model.forward import Node
+from hubpeer.model.requests import Branch, Choice, Choose, Text, Write
 from hubpeer.wire import Categorization
 
 from .conftest import Given, hostile, is_clean, run
@@ -47,6 +50,30 @@ def test_a_record_names_only_what_exists(make_engine, categorizer: Categorizer) 
         assert record.read_chars == record.total_chars == len(ask.text)
         assert record.category not in {a["category"] for a in record.alternatives}
     assert is_clean(engine)
+
+
+def test_short_texts_are_written_side_by_side_and_joined(words, layout) -> None:
+    """The story, told by hand: which texts it asks for at once, and what it makes of them."""
+    assert len(layout.document.summary) == len(layout.document.entities) == 2  # as shipped
+    texts = msgspec.structs.replace(layout.document, summary=["It is:", "It says:", "So:"], entities=["Who:", "What:"])
+    story = (
+        Categorizer(words, msgspec.structs.replace(layout, document=texts), 4096)
+        .task(an_ask("a text"))
+        .story(Branch(Node(0, 16)))
+    )
+    [first] = next(story)
+    assert isinstance(first, Choose)
+    requests = story.send([Choice(0, [1.0] + [0.0] * (len(first.options) - 1))])
+    assert [words.text(r.lead) for r in requests if isinstance(r, Write)] == ["It is:", "It says:", "So:", "Who:", "What:"]
+    said = iter([" A bill.", " Pay  it.", " A bill.", " Kolm; Ada", " 5 euros; Ada"])
+    answers = [
+        Text(words.data(next(said)), complete=True) if isinstance(r, Write) else Choice(0, [1.0] + [0.0] * (len(r.options) - 1))
+        for r in requests
+    ]
+    with pytest.raises(StopIteration) as end:
+        story.send(answers)
+    record = end.value.value
+    assert (record.summary, record.key_entities) == ("A bill. Pay it.", ["Kolm", "Ada", "5 euros"])
 
 
 def test_a_long_document_says_how_much_was_read(make_engine, categorizer: Categorizer) -> None:
