@@ -208,14 +208,22 @@ class Link:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        client, self._client = self._client, None
+        client = self._client
         if client is None or client.is_closed:
             return
         try:
-            await asyncio.wait_for(client.drain() if client.is_connected else client.close(), drain_s)
+            async with asyncio.timeout(drain_s):
+                # Not `client.drain()`: broken off, it leaves the error of its own gathering for nobody to fetch.
+                if client.is_connected:
+                    await asyncio.gather(*(self.unsubscribe(key, drain=True) for key in list(self._held)))
+                    await client.flush()
+                await client.close()
         except (Error, TimeoutError, OSError) as exc:
             log.warning("closing the connection: %s", exc or type(exc).__name__)
             await client.close()
+        finally:
+            _discard(client)
+            self._client = None
 
     @property
     def connected(self) -> bool:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
+import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nats.aio.msg import Msg
@@ -197,3 +201,25 @@ async def test_after_closing_twice_there_is_nothing_left_to_use(server: Embedded
     with pytest.raises(Unavailable):
         await link.request("a", b"")
     assert link._waiting == {}
+
+
+async def test_a_server_lost_while_we_close_leaves_no_error_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = EmbeddedServer(Server(port=0, sync_always=False), tmp_path / "data")
+    await server.start()
+    left: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: left.append(context))
+    link = Link(Access(server.url, "test", reconnect_wait_s=0.05))
+    await link.open()
+    await link.subscribe("a", Box().take)
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)  # it answers nothing from here on
+    loop.call_later(0.3, os.kill, server.pid, signal.SIGKILL)
+    try:
+        await link.close(drain_s=4)  # another server is there before that time is over
+        assert not link.connected
+    finally:
+        await server.stop()
+    caplog.clear()  # what it keeps of an error would keep a future from being found unfetched
+    gc.collect()
+    assert left == []
